@@ -1,0 +1,1 @@
+"""Fused decoding of speech-recognition and language-model scores."""

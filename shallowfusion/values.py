@@ -1,0 +1,131 @@
+"""The records that pass between the parts: numbers only, no models, no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Candidates", "RowStatistics", "SparseBonus", "StepRequest", "Unmapped"]
+
+Combine = Literal["log_linear", "mixture"]
+Normalize = Literal["none", "local", "end_factored"]
+
+
+@dataclass(frozen=True)
+class SparseBonus:
+    """Per-row additions to a few tokens, in compressed sparse rows.
+
+    Args:
+        row_offsets: int32 [rows + 1]; entries of row r are row_offsets[r] .. row_offsets[r + 1] - 1.
+        token_ids: int32 [entries]; acoustic token ids, each at most once in a row.
+        values: float32 [entries]; nats, negative values are refunds.
+    """
+
+    row_offsets: Tensor
+    token_ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Unmapped:
+    """What a source says of an acoustic token it has no counterpart for.
+
+    `neutral`: the source's largest log-prob in that row, so the token neither gains nor loses against the
+    source's own favourite. `floor`: the constant `floor` (nats). `forbid`: -inf.
+    """
+
+    policy: Literal["neutral", "floor", "forbid"]
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """One checked call of the fused step; what every backend receives.
+
+    Args:
+        sources: logits [rows, vocab_s] of source s, float32 | float16 | bfloat16, unit stride along the vocabulary,
+            any row stride. Source 0 is acoustic and defines the token ids; vocab = sources[0].shape[1].
+        weights: float32 [rows, sources], contiguous.
+        totals: float32 [rows], -inf marks a dead row.
+        temperatures: one per source; logits are divided by it before the softmax.
+        maps: per source None or int32 [vocab]: the id in that source of each acoustic token, -1 = no counterpart.
+            None means same ids; acoustic ids past that source's vocabulary have no counterpart.
+        unmapped: one policy per source.
+        token_bias: float32 [vocab] added to every row, -inf forbids; None = zeros.
+        allowed: int32 [rows, ceil(vocab / 32)] bit b of word w allows token 32 * w + b; None = all.
+        bonus: sparse additions per row.
+        length_bonus: float32 [rows], added to every token but end_id.
+        end_id: acoustic id of the end token, -1 = none.
+    """
+
+    sources: tuple[Tensor, ...]
+    weights: Tensor
+    totals: Tensor
+    beam_size: int
+    top_k: int
+    end_id: int
+    temperatures: tuple[float, ...]
+    maps: tuple[Tensor | None, ...]
+    unmapped: tuple[Unmapped, ...]
+    token_bias: Tensor | None
+    allowed: Tensor | None
+    bonus: SparseBonus | None
+    length_bonus: Tensor
+    combine: Combine
+    normalize: Normalize
+
+    @property
+    def num_rows(self) -> int:
+        return self.sources[0].shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sources[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best continuations of each utterance, best first.
+
+    Args:
+        totals: float32 [utterances, top_k]; -inf where fewer than top_k possible continuations exist.
+        parent_rows: int64 [utterances, top_k], row of the whole batch; -1 beside a total of -inf.
+        token_ids: int64 [utterances, top_k], acoustic ids; -1 beside a total of -inf.
+        parts: float32 [utterances, top_k, sources]: each source's own log-prob of that token, unweighted.
+        flags: bool [rows]: NaN or +inf was seen in that row, which therefore has no candidates.
+        backend: which implementation ran, and why when it was chosen automatically.
+    """
+
+    totals: Tensor
+    parent_rows: Tensor
+    token_ids: Tensor
+    parts: Tensor
+    flags: Tensor
+    backend: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What a gate may know of each row of one source; float32 [rows] each, in nats.
+
+    `margin` is the log-prob of the best token minus that of the second (+inf with a vocabulary of one).
+    """
+
+    log_sum_exp: Tensor
+    entropy: Tensor
+    max_log_prob: Tensor
+    margin: Tensor
+
+
+def no_candidates(utterances: int, top_k: int, sources: int, rows: int, device: torch.device) -> Candidates:
+    """Candidates with nothing possible in them, for a backend to fill."""
+    return Candidates(
+        totals=torch.full((utterances, top_k), float("-inf"), device=device),
+        parent_rows=torch.full((utterances, top_k), -1, dtype=torch.int64, device=device),
+        token_ids=torch.full((utterances, top_k), -1, dtype=torch.int64, device=device),
+        parts=torch.zeros((utterances, top_k, sources), device=device),
+        flags=torch.zeros(rows, dtype=torch.bool, device=device),
+    )
