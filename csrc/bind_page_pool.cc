@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace shallowfusion {
+
+void bind_page_pool(pybind11::module_& module) { (void)module; }
+
+}  // namespace shallowfusion

@@ -1,0 +1,12 @@
+// What each bind_<class>.cc adds to the module; only these files see pybind11.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace shallowfusion {
+
+void bind_fused_step(pybind11::module_& module);
+void bind_beam_state(pybind11::module_& module);
+void bind_page_pool(pybind11::module_& module);
+
+}  // namespace shallowfusion

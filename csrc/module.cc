@@ -1,0 +1,8 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "C++ core of shallowfusion: CPU fused step, beam state, page pool.";
+  shallowfusion::bind_fused_step(module);
+  shallowfusion::bind_beam_state(module);
+  shallowfusion::bind_page_pool(module);
+}
