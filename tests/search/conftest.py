@@ -1,0 +1,12 @@
+"""The implementations that every test of a native class and its twin runs on."""
+
+from __future__ import annotations
+
+import pytest
+
+from shallowfusion.search.beam_state_reference import ReferenceBeamState
+
+
+@pytest.fixture(params=[ReferenceBeamState], ids=["reference"])
+def state_class(request: pytest.FixtureRequest) -> type:
+    return request.param
