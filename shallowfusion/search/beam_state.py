@@ -8,7 +8,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BeamStateProtocol", "BeamStep", "FinishedHypothesis"]
+from shallowfusion import _native
+from shallowfusion.config import BeamSettings
+from shallowfusion.search.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
+
+__all__ = ["BeamState", "BeamStateProtocol", "BeamStep", "FinishedHypothesis"]
 
 
 @dataclass(frozen=True)
@@ -145,3 +149,82 @@ class BeamStateProtocol(Protocol):
     def release(self, utterance: int) -> None:
         """Forget an utterance and free its nodes; it cannot be used again."""
         ...
+
+
+class BeamState:
+    """The C++ beam state; see `BeamStateProtocol`.
+
+    May be shared by threads: `advance` runs without the GIL, calls on one state wait for each other.
+
+    Args:
+        settings: how hypotheses are kept, finished and ranked.
+        num_utterances: utterances are numbered from 0.
+        num_parts: sources whose log-probs are kept per token.
+
+    Raises:
+        InvalidArgumentError: a size is out of range, or beam_size * patience rounds to 0 (`whisper`).
+    """
+
+    def __init__(self, settings: BeamSettings, num_utterances: int, num_parts: int) -> None:
+        shape = BeamShape.check(settings, num_utterances, num_parts)
+        self._num_parts = shape.num_parts
+        self._native = _native.BeamState(
+            beam_size=settings.beam_size,
+            end_ids=settings.end_ids,
+            max_new_tokens=settings.max_new_tokens,
+            stop_rule=settings.stop_rule,
+            length_penalty=settings.length_penalty,
+            early_stopping=settings.early_stopping,
+            patience=settings.patience,
+            recombination=settings.recombination,
+            num_utterances=shape.num_utterances,
+            num_parts=shape.num_parts,
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        return self._native.num_nodes
+
+    def advance(
+        self,
+        utterances: npt.ArrayLike,
+        totals: npt.ArrayLike,
+        parents: npt.ArrayLike,
+        tokens: npt.ArrayLike,
+        parts: npt.ArrayLike,
+        flagged: npt.ArrayLike | None = None,
+    ) -> BeamStep:
+        arrays = StepArrays.check(utterances, totals, parents, tokens, parts, flagged, num_parts=self._num_parts)
+        return BeamStep(
+            *self._native.advance(
+                utterances=arrays.utterances,
+                totals=arrays.totals,
+                parents=arrays.parents,
+                tokens=arrays.tokens,
+                parts=arrays.parts,
+            )
+        )
+
+    def force_finish(self, utterance: int) -> None:
+        self._native.force_finish(utterance=_utterance(utterance))
+
+    def results(self, utterance: int, n_best: int) -> list[FinishedHypothesis]:
+        count = integer("n_best", n_best, 1, LARGEST_INTEGER)
+        records = self._native.results(utterance=_utterance(utterance), n_best=count)
+        return [FinishedHypothesis(**record) for record in records]
+
+    def is_done(self, utterance: int) -> bool:
+        return self._native.is_done(utterance=_utterance(utterance))
+
+    def num_live(self, utterance: int) -> int:
+        return self._native.num_live(utterance=_utterance(utterance))
+
+    def num_finished(self, utterance: int) -> int:
+        return self._native.num_finished(utterance=_utterance(utterance))
+
+    def release(self, utterance: int) -> None:
+        self._native.release(utterance=_utterance(utterance))
+
+
+def _utterance(utterance: int) -> int:
+    return integer("utterance", utterance, 0, LARGEST_INTEGER)

@@ -11,12 +11,10 @@ import numpy.typing as npt
 
 from shallowfusion.config import BeamSettings, require
 from shallowfusion.search.beam_state import BeamStep, FinishedHypothesis
-from shallowfusion.search.checks import StepArrays, integer
+from shallowfusion.search.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
 
 __all__ = ["ReferenceBeamState"]
 
-MAX_UTTERANCES = 1_000_000
-MAX_PARTS = 4096
 END_LENGTHS = 3  # lengths that must all have fallen behind before ESPnet's search stops
 END_MARGIN = -10.0  # nats
 END_LAG = 2  # ESPnet compares token counts with lengths that include start and end
@@ -125,7 +123,8 @@ class HfRule(Rule):
 
     def key(self, total: float, length: int, ended: bool) -> float:
         assert self.settings.length_penalty is not None
-        return float(np.float32(total) / np.float32(power(max(1, length), self.settings.length_penalty)))
+        with np.errstate(over="ignore"):
+            return float(np.float32(total) / np.float32(power(max(1, length), self.settings.length_penalty)))
 
     def keep_best(self, search: Search, new: list[Finished]) -> None:
         search.finished = sorted(search.finished + new, key=lambda finished: -finished.key)[: self.beam_size]
@@ -252,11 +251,11 @@ class ReferenceBeamState:
     """Beam search over candidates that somebody else scored; see `BeamStateProtocol`."""
 
     def __init__(self, settings: BeamSettings, num_utterances: int, num_parts: int) -> None:
+        shape = BeamShape.check(settings, num_utterances, num_parts)
         self._settings = settings
-        self._num_parts = integer("num_parts", num_parts, 0, MAX_PARTS)
+        self._num_parts = shape.num_parts
         self._rule = RULES[settings.stop_rule](settings)
-        count = integer("num_utterances", num_utterances, 0, MAX_UTTERANCES)
-        self._searches: list[Search | None] = [Search() for _ in range(count)]
+        self._searches: list[Search | None] = [Search() for _ in range(shape.num_utterances)]
 
     @property
     def num_nodes(self) -> int:
@@ -343,7 +342,7 @@ class ReferenceBeamState:
 
     def results(self, utterance: int, n_best: int) -> list[FinishedHypothesis]:
         search = self._search(utterance)
-        count = integer("n_best", n_best, 1, np.iinfo(np.int64).max)
+        count = integer("n_best", n_best, 1, LARGEST_INTEGER)
         require(search.done, f"utterance {utterance} is not done; call force_finish first.")
         ranked = sorted(search.finished, key=lambda finished: -finished.key)
         return [self._result(finished) for finished in ranked[:count]]

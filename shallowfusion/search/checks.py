@@ -1,4 +1,4 @@
-"""Border checks that the search classes share: integers and arrays become what the core expects, or an error says why not."""
+"""Border checks that the search classes share: arguments become what the core expects, or an error says why not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shallowfusion.config import require
+from shallowfusion.config import BeamSettings, require
 from shallowfusion.errors import InvalidArgumentError
 
-__all__ = ["StepArrays", "integer", "integer_array"]
+__all__ = ["BeamShape", "StepArrays", "integer", "integer_array"]
+
+LARGEST_INTEGER = int(np.iinfo(np.int64).max)
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -57,7 +59,8 @@ def _array(name: str, values: object, shape: tuple[int | None, ...], kinds: str,
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidArgumentError(f"{name} must be an array of {wanted}, got {type(values).__name__}: {error}.") from None
+        got = type(values).__name__
+        raise InvalidArgumentError(f"{name} must be an array of {wanted}, got {got}: {error}.") from None
     if array.size == 0 and array.dtype == np.float64:  # what an empty list becomes
         array = array.astype(np.int64)
     require(array.dtype.kind in kinds, f"{name} must hold {wanted}, got dtype {array.dtype}.")
@@ -67,6 +70,30 @@ def _array(name: str, values: object, shape: tuple[int | None, ...], kinds: str,
     axes = ", ".join("any" if size is None else str(size) for size in shape)
     require(fits, f"{name} must have shape [{axes}], got {list(array.shape)}.")
     return array
+
+
+@dataclass(frozen=True)
+class BeamShape:
+    """The checked numbers a beam state is made from."""
+
+    num_utterances: int
+    num_parts: int
+
+    @classmethod
+    def check(cls, settings: BeamSettings, num_utterances: object, num_parts: object) -> BeamShape:
+        """Check the sizes of a beam state and the integers of its settings.
+
+        Raises:
+            InvalidArgumentError: a number is no integer or outside its range, or `settings` are no settings.
+        """
+        require(isinstance(settings, BeamSettings), f"settings must be BeamSettings, got {type(settings).__name__}.")
+        integer("max_new_tokens", settings.max_new_tokens, 1, LARGEST_INTEGER)
+        for token in settings.end_ids:
+            integer("end_ids", token, 0, LARGEST_INTEGER)
+        return cls(
+            num_utterances=integer("num_utterances", num_utterances, 0, 1_000_000),
+            num_parts=integer("num_parts", num_parts, 0, 4096),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from shallowfusion.search.beam_state import BeamState
 from shallowfusion.search.beam_state_reference import ReferenceBeamState
 
 
-@pytest.fixture(params=[ReferenceBeamState], ids=["reference"])
+@pytest.fixture(params=[BeamState, ReferenceBeamState], ids=["native", "reference"])
 def state_class(request: pytest.FixtureRequest) -> type:
     return request.param
