@@ -6,8 +6,15 @@ import pytest
 
 from shallowfusion.search.beam_state import BeamState
 from shallowfusion.search.beam_state_reference import ReferenceBeamState
+from shallowfusion.search.page_pool import PagePool
+from shallowfusion.search.page_pool_reference import ReferencePagePool
 
 
 @pytest.fixture(params=[BeamState, ReferenceBeamState], ids=["native", "reference"])
 def state_class(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@pytest.fixture(params=[PagePool, ReferencePagePool], ids=["native", "reference"])
+def pool_class(request: pytest.FixtureRequest) -> type:
     return request.param
