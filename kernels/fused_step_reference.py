@@ -97,7 +97,10 @@ def _unmapped_value(log_probs: Tensor, unmapped: Unmapped) -> Tensor:
 def _combine(request: StepRequest, log_probs: list[Tensor]) -> Tensor:
     weights = request.weights.double()
     if request.combine == "mixture":
-        logged = [weights[:, s : s + 1].log() + log_prob for s, log_prob in enumerate(log_probs)]
+        logged = [
+            torch.where(weights[:, s : s + 1] == 0.0, IMPOSSIBLE, weights[:, s : s + 1].log() + log_prob)
+            for s, log_prob in enumerate(log_probs)
+        ]
         return torch.logsumexp(torch.stack(logged), dim=0)
     increments = torch.zeros_like(log_probs[0])
     for s, log_prob in enumerate(log_probs):
@@ -153,10 +156,14 @@ def _rewards(request: StepRequest) -> Tensor:
 
 
 def _bad_rows(request: StepRequest) -> Tensor:
+    """Rows with NaN or +inf in a source that counts; `end_factored` reads the acoustic one of a fused row always."""
     bad = torch.isnan(request.totals)
+    counts = request.weights != 0.0
+    if request.normalize == "end_factored":
+        counts[:, 0] |= counts[:, 1:].any(dim=1)
     for s, source in enumerate(request.sources):
         broken = torch.isnan(source).any(dim=1) | (source == float("inf")).any(dim=1)
-        bad = bad | (broken & (request.weights[:, s] != 0.0))
+        bad = bad | (broken & counts[:, s])
     return bad
 
 

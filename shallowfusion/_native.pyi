@@ -67,3 +67,28 @@ class PagePool:
     def length(self, *, sequence: int) -> int: ...
     def slots(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
     def pages(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
+
+# Fused step ---------------------------------------------------------------------------------------------------------
+
+# (address, dtype code, vocabulary, row stride, temperature, map or None, policy code, floor)
+Source = tuple[int, int, int, int, float, npt.NDArray[Any] | None, int, float]
+
+def fused_step(
+    *,
+    sources: Sequence[Source],
+    weights: npt.NDArray[Any],
+    totals: npt.NDArray[Any],
+    beam_size: int,
+    top_k: int,
+    end_id: int,
+    token_bias: npt.NDArray[Any] | None,
+    allowed: npt.NDArray[Any] | None,
+    bonus: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]] | None,
+    length_bonus: npt.NDArray[Any],
+    combine: str,
+    normalize: str,
+    level: str | None,
+    threads: int | None,
+) -> dict[str, Any]: ...
+def row_statistics(*, source: Source, rows: int, level: str | None, threads: int | None) -> dict[str, Any]: ...
+def fused_step_levels() -> list[str]: ...
