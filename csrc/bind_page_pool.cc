@@ -44,11 +44,9 @@ py::array_t<int32_t> append_each(PagePool& pool, const Int64Array& sequences) {
 
 py::array_t<int64_t> reorder(PagePool& pool, const Int64Array& sequences, const Int64Array& parents) {
   const int64_t count = check_vector("sequences", sequences);
-  if (check_vector("parents", parents) != count) {
-    throw std::invalid_argument("sequences and parents must have equal lengths.");
-  }
-  py::array_t<int64_t> new_sequences({count});
-  pool.reorder(sequences.data(), parents.data(), count, new_sequences.mutable_data());
+  const int64_t new_count = check_vector("parents", parents);
+  py::array_t<int64_t> new_sequences({new_count});
+  pool.reorder(sequences.data(), count, parents.data(), new_count, new_sequences.mutable_data());
   return new_sequences;
 }
 

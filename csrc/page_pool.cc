@@ -164,14 +164,15 @@ void PagePool::append_each(const int64_t* sequences, int64_t count, int32_t* slo
   for (int64_t i = 0; i < count; ++i) slots[i] = push_token(at(sequences[i]));
 }
 
-void PagePool::reorder(const int64_t* sequences, const int64_t* parents, int64_t count, int64_t* new_sequences) {
+void PagePool::reorder(const int64_t* sequences, int64_t count, const int64_t* parents, int64_t new_count,
+                       int64_t* new_sequences) {
   check_distinct(sequences, count);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < new_count; ++i) {
     if (parents[i] < 0 || parents[i] >= count) {
       refuse("parents must be from 0 to " + std::to_string(count - 1) + ", got " + std::to_string(parents[i]) + ".");
     }
   }
-  for (int64_t i = 0; i < count; ++i) new_sequences[i] = fork(sequences[parents[i]]);
+  for (int64_t i = 0; i < new_count; ++i) new_sequences[i] = fork(sequences[parents[i]]);
   for (int64_t i = 0; i < count; ++i) release(sequences[i]);
 }
 

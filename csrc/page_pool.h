@@ -34,7 +34,8 @@ class PagePool {
   void append_each(const int64_t* sequences, int64_t count, int32_t* slots);
 
   // Forks sequences[parents[i]] for each i, then releases all of `sequences`; writes the new ids.
-  void reorder(const int64_t* sequences, const int64_t* parents, int64_t count, int64_t* new_sequences);
+  void reorder(const int64_t* sequences, int64_t count, const int64_t* parents, int64_t new_count,
+               int64_t* new_sequences);
 
   // Writes 1 for each slot a sequence sees; `visible` holds [count, high_water] zeros.
   void visibility(const int64_t* sequences, int64_t count, uint8_t* visible) const;

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from shallowfusion import _native
 from shallowfusion.config import BeamSettings
-from shallowfusion.search.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
+from shallowfusion.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
 
 __all__ = ["BeamState", "BeamStateProtocol", "BeamStep", "FinishedHypothesis"]
 

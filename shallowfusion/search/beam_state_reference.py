@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shallowfusion.config import BeamSettings, require
 from shallowfusion.search.beam_state import BeamStep, FinishedHypothesis
-from shallowfusion.search.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
+from shallowfusion.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
 
 __all__ = ["ReferenceBeamState"]
 

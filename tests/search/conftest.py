@@ -6,8 +6,8 @@ import pytest
 
 from shallowfusion.search.beam_state import BeamState
 from shallowfusion.search.beam_state_reference import ReferenceBeamState
-from shallowfusion.search.page_pool import PagePool
-from shallowfusion.search.page_pool_reference import ReferencePagePool
+from shallowfusion.scorers.page_pool import PagePool
+from shallowfusion.scorers.page_pool_reference import ReferencePagePool
 
 
 @pytest.fixture(params=[BeamState, ReferenceBeamState], ids=["native", "reference"])

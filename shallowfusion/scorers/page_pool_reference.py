@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from shallowfusion.config import require
 from shallowfusion.errors import CapacityError
-from shallowfusion.search.checks import LARGEST_INTEGER, integer, integer_array
-from shallowfusion.search.page_pool import AppendResult, Int32Array, Int64Array
+from shallowfusion.checks import LARGEST_INTEGER, integer, integer_array
+from shallowfusion.scorers.page_pool import AppendResult, Int32Array, Int64Array
 
 __all__ = ["ReferencePagePool"]
 
@@ -145,7 +145,7 @@ class ReferencePagePool:
 
     def reorder(self, sequences: npt.ArrayLike, parents: npt.ArrayLike) -> Int64Array:
         old = integer_array("sequences", sequences, (None,))
-        indices = integer_array("parents", parents, old.shape)
+        indices = integer_array("parents", parents, (None,))
         self._distinct(old)
         for index in indices:
             require(0 <= index < len(old), f"parents must be from 0 to {len(old) - 1}, got {index}.")

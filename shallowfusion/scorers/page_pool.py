@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shallowfusion import _native
-from shallowfusion.search.checks import LARGEST_INTEGER, integer, integer_array
+from shallowfusion.checks import LARGEST_INTEGER, integer, integer_array
 
 __all__ = ["AppendResult", "PagePool", "PagePoolProtocol"]
 
@@ -96,10 +96,10 @@ class PagePoolProtocol(Protocol):
 
         Args:
             sequences: int64 [sequences], distinct.
-            parents: int64 [sequences], indices into `sequences`.
+            parents: int64 [new sequences], indices into `sequences`.
 
         Returns:
-            int64 [sequences].
+            int64 [new sequences].
         """
         ...
 
@@ -176,7 +176,7 @@ class PagePool:
 
     def reorder(self, sequences: npt.ArrayLike, parents: npt.ArrayLike) -> Int64Array:
         old = integer_array("sequences", sequences, (None,))
-        return self._native.reorder(sequences=old, parents=integer_array("parents", parents, old.shape))
+        return self._native.reorder(sequences=old, parents=integer_array("parents", parents, (None,)))
 
     def length(self, sequence: int) -> int:
         return self._native.length(sequence=_sequence(sequence))

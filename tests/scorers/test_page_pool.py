@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion.errors import CapacityError, InvalidArgumentError
-from shallowfusion.search.page_pool import PagePool
-from shallowfusion.search.page_pool_reference import ReferencePagePool
+from shallowfusion.scorers.page_pool import PagePool
+from shallowfusion.scorers.page_pool_reference import ReferencePagePool
 
 
 def test_append_fills_pages_in_order_lowest_first(pool_class: type) -> None:
