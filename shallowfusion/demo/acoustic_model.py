@@ -86,7 +86,6 @@ def new_acoustic_model(width: int = 192, encoder_layers: int = 5, decoder_layers
         decoder_start_token_id=START_OF_TRANSCRIPT,
         suppress_tokens=None,
         begin_suppress_tokens=None,
-        attn_implementation="eager",
     )
     return JointModel(WhisperForConditionalGeneration(config))
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from shallowfusion.demo.acoustic_model import JointModel, save_acoustic_model
 from shallowfusion.demo.synthesis import DEMO_FEATURES, Utterance
+from shallowfusion.demo.training_attention import round_up, use_training_attention
 from shallowfusion.demo.training_loop import Budget, TrainingState
 from shallowfusion.demo.vocabulary import BLANK, END_OF_TEXT, NO_TIMESTAMPS, START_OF_TRANSCRIPT, encode
 
@@ -37,7 +38,7 @@ class AcousticSettings:
         save_every: updates between two checkpoints.
     """
 
-    batch_frames: int = 10000
+    batch_frames: int = 7000
     ctc_weight: float = 0.6
     full_window_share: float = 0.08
     report_every: int = 50
@@ -75,9 +76,9 @@ def make_batch(utterances: list[Utterance], num_frames: int, generator: random.R
         feature = torch.tensor(utterance.features, dtype=torch.float32)
         features.append(feature if generator is None else _disturb(feature, generator))
     ids = [encode(utterance.text) for utterance in utterances]
-    longest = max(map(len, ids))
-    prefixes = torch.full((len(ids), longest + 2), END_OF_TEXT)
-    targets = torch.full((len(ids), longest + 2), _IGNORED)
+    num_tokens = round_up(max(map(len, ids)) + 2, 16)
+    prefixes = torch.full((len(ids), num_tokens), END_OF_TEXT)
+    targets = torch.full((len(ids), num_tokens), _IGNORED)
     for row, numbers in enumerate(ids):
         prefixes[row, : len(numbers) + 2] = torch.tensor([START_OF_TRANSCRIPT, NO_TIMESTAMPS, *numbers])
         targets[row, : len(numbers) + 2] = torch.tensor([NO_TIMESTAMPS, *numbers, END_OF_TEXT])
@@ -136,6 +137,7 @@ def train_acoustic(
     state.restore(checkpoint)
     generator = random.Random(f"{seed}-{state.step}")
     model.train()
+    use_training_attention(model.whisper)
     parts = torch.zeros(2)
     while not state.finished:
         for chosen, num_frames in _epoch(usable, settings, generator):
@@ -147,7 +149,7 @@ def train_acoustic(
             if state.step % settings.report_every == 0:
                 ctc, attention = (parts / settings.report_every).tolist()
                 parts.zero_()
-                rate = state.optimizer.param_groups[0]["lr"]
+                rate = state.optimizers[0].param_groups[0]["lr"]
                 print(
                     f"acoustic step {state.step} after {state.elapsed_seconds:.0f} s: "
                     f"ctc {ctc:.3f}, attention {attention:.3f} nats per character, rate {rate:.2e}",
@@ -192,8 +194,8 @@ def _epoch(
         if generator.random() < settings.full_window_share:
             yield chosen[: max(1, settings.batch_frames // DEMO_FEATURES.chunk_frames)], DEMO_FEATURES.chunk_frames
         else:
-            padded = longest + int(generator.random() ** 3 * 100)
-            yield chosen, min(padded + padded % 2, DEMO_FEATURES.chunk_frames)
+            extra = 32 if generator.random() < 0.25 else 0
+            yield chosen, min(round_up(longest, 32) + extra, DEMO_FEATURES.chunk_frames)
 
 
 def _disturb(feature: Tensor, generator: random.Random) -> Tensor:
@@ -203,11 +205,11 @@ def _disturb(feature: Tensor, generator: random.Random) -> Tensor:
     feature = feature + slope + generator.uniform(-0.15, 0.15)
     mean = feature.mean()
     for _ in range(2):
-        width = generator.randint(0, 14)
+        width = generator.randint(0, 8)
         start = generator.randint(0, mels - width)
         feature[:, start : start + width] = mean
     for _ in range(2):
-        width = generator.randint(0, min(18, frames // 8))
+        width = generator.randint(0, min(6, frames // 8))
         start = generator.randint(0, frames - width)
         feature[start : start + width] = mean
     return feature

@@ -34,7 +34,7 @@ __all__ = [
 # 50 mel frames a second: half of Whisper's usual rate, which halves the encoder's work.
 DEMO_FEATURES = FeatureSettings(feature_size=80, sampling_rate=16000, hop_length=320, n_fft=512, chunk_seconds=30)
 
-_ACCENTS = ("en-us", "en-us", "en-us", "en-gb", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-029")
+_ACCENTS = ("en-us", "en-us", "en-us", "en-gb", "en-gb", "en-gb-x-rp")
 _VARIANTS = ("", "+m1", "+m2", "+m3", "+m4", "+m7", "+f1", "+f2", "+f3", "+f4", "+f5")
 _SHARD_SIZE = 500
 

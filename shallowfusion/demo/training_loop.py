@@ -62,7 +62,9 @@ class Budget:
 
 @dataclass
 class TrainingState:
-    """A model under training, its optimizer, and a running average of its weights.
+    """A model under training, its optimizers, and a running average of its weights.
+
+    The matrices inside the transformer's layers are updated by Muon, everything else by AdamW.
 
     Args:
         model: trained in place.
@@ -78,15 +80,19 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0
     average: nn.Module = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
+    optimizers: list[torch.optim.Optimizer] = field(init=False)
 
     def __post_init__(self) -> None:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        hidden, others = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                inside = ".layers." in name or ".h." in name
+                (hidden if inside and parameter.dim() == 2 else others).append(parameter)
+        rate = self.budget.peak_rate
+        self.optimizers = [
+            torch.optim.Muon(hidden, lr=rate, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.budget.peak_rate, betas=(0.9, 0.98), fused=True)
         self.average = copy.deepcopy(self.model).eval()
         self._resumed = time.monotonic()
 
@@ -98,11 +104,12 @@ class TrainingState:
     def update(self) -> None:
         """Clip the gradients at norm 1, make one update, and move the average."""
         rate = self.budget.rate(self.step, self.elapsed_seconds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         keep = min(self.average_decay, (1.0 + self.step) / (10.0 + self.step))
         with torch.no_grad():
@@ -114,7 +121,7 @@ class TrainingState:
         content = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.elapsed_seconds,
         }
@@ -129,7 +136,8 @@ class TrainingState:
         content: dict[str, Any] = torch.load(path, weights_only=True)
         self.model.load_state_dict(content["model"])
         self.average.load_state_dict(content["average"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        for optimizer, stored in zip(self.optimizers, content.get("optimizers", []), strict=False):
+            optimizer.load_state_dict(stored)
         self.step = int(content["step"])
         self.seconds = float(content["seconds"])
         self._resumed = time.monotonic()
