@@ -78,22 +78,7 @@ def fused_step(
     _check_sources(sources)
     rows, vocab = sources[0].shape
     count = len(sources)
-    for name, value in (("beam_size", beam_size), ("top_k", top_k)):
-        require(isinstance(value, int) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
-    require(rows % beam_size == 0, f"rows must be a multiple of beam_size={beam_size}, got {rows} rows of logits.")
-    require(combine in ("log_linear", "mixture"), f"combine must be 'log_linear' or 'mixture', got {combine!r}.")
-    require(
-        normalize in ("none", "local", "end_factored"),
-        f"normalize must be 'none', 'local' or 'end_factored', got {normalize!r}.",
-    )
-    require(
-        normalize != "end_factored" or (combine == "log_linear" and end_id is not None),
-        "normalize='end_factored' needs combine='log_linear' and an end_id; use 'local' or 'none' here.",
-    )
-    require(
-        end_id is None or 0 <= end_id < vocab,
-        f"end_id must be a token id below {vocab}, or None, got {end_id!r}.",
-    )
+    _check_choices(sources[0], beam_size, top_k, end_id, combine, normalize)
     device = sources[0].device
     request = StepRequest(
         sources=sources,
@@ -166,6 +151,28 @@ def _choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
         f"backend='cpu' reads CPU tensors, got tensors on {device}; move them or use backend='triton'.",
     )
     return backend, "as asked"
+
+
+def _check_choices(
+    acoustic: Tensor, beam_size: int, top_k: int, end_id: int | None, combine: str, normalize: str
+) -> None:
+    rows, vocab = acoustic.shape
+    for name, value in (("beam_size", beam_size), ("top_k", top_k)):
+        require(isinstance(value, int) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
+    require(rows % beam_size == 0, f"rows must be a multiple of beam_size={beam_size}, got {rows} rows of logits.")
+    require(combine in ("log_linear", "mixture"), f"combine must be 'log_linear' or 'mixture', got {combine!r}.")
+    require(
+        normalize in ("none", "local", "end_factored"),
+        f"normalize must be 'none', 'local' or 'end_factored', got {normalize!r}.",
+    )
+    require(
+        normalize != "end_factored" or (combine == "log_linear" and end_id is not None),
+        "normalize='end_factored' needs combine='log_linear' and an end_id; use 'local' or 'none' here.",
+    )
+    require(
+        end_id is None or 0 <= end_id < vocab,
+        f"end_id must be a token id below {vocab}, or None, got {end_id!r}.",
+    )
 
 
 def _check_sources(sources: tuple[Tensor, ...]) -> None:

@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
 from shallowfusion.values import Candidates, Normalize, Unmapped
 
 __all__ = ["SearchOutcome", "SearchPlan", "StageClock", "search"]
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,9 @@ def search(
         with clock("fusion"):
             candidates = rows.candidates([state.logits for state in states], step)
         with clock("search"):
-            *scores, flagged = rows.arrays(candidates)
+            flagged = rows.flagged(candidates)
             saw_nan[active] |= flagged
-            moved = beams.advance(active, *scores, flagged)
+            moved = beams.advance(active, *rows.arrays(candidates), flagged)
             rows.follow(candidates, moved.tokens, moved.parents, moved.totals)
             kept = np.flatnonzero(~moved.done)
             if len(kept) == 0:
@@ -121,9 +125,7 @@ def search(
                 _, states[i] = scorer.score(states[i], rows.own_ids(moved.tokens[order], i))
         rows.keep(order)
         active = active[order]
-    return [
-        SearchOutcome(beams.results(u, plan.settings.beam_size), bool(saw_nan[u])) for u in range(num_utterances)
-    ]
+    return [SearchOutcome(beams.results(u, plan.settings.beam_size), bool(saw_nan[u])) for u in range(num_utterances)]
 
 
 class _Rows:
@@ -163,35 +165,38 @@ class _Rows:
             backend=plan.backend,
         )
 
-    def arrays(self, candidates: Candidates) -> tuple[np.ndarray, ...]:
-        """Candidates as numpy arrays with parents as lanes of their utterance, and which utterances saw NaN."""
-        utterances, beam_size = self.totals.shape
+    def arrays(self, candidates: Candidates) -> tuple[Array, Array, Array, Array]:
+        """Totals, parents as lanes of their utterance, tokens and parts as numpy arrays."""
         parents = candidates.parent_rows.cpu().numpy()
-        lanes = np.where(parents >= 0, parents % beam_size, -1)
+        lanes = np.where(parents >= 0, parents % self.totals.shape[1], -1)
         return (
             candidates.totals.cpu().numpy(),
             lanes,
             candidates.token_ids.cpu().numpy(),
             candidates.parts.cpu().numpy(),
-            candidates.flags.cpu().numpy().reshape(utterances, beam_size).any(axis=1),
         )
 
-    def follow(self, candidates: Candidates, tokens: np.ndarray, parents: np.ndarray, totals: np.ndarray) -> None:
+    def flagged(self, candidates: Candidates) -> Array:
+        """Which utterances saw NaN or +inf, bool [utterances]."""
+        return np.any(candidates.flags.cpu().numpy().reshape(self.totals.shape), axis=1, keepdims=False)
+
+    def follow(self, candidates: Candidates, tokens: Array, parents: Array, totals: Array) -> None:
         """Remember the totals of the new rows and, for `catch_up`, the parts of their tokens."""
         if self.plan.rule.catch_up:
-            _, lanes, ids, parts, _ = self.arrays(candidates)
+            _, lanes, ids, parts = self.arrays(candidates)
             chosen = ((lanes[:, None] == parents[:, :, None]) & (ids[:, None] == tokens[:, :, None])).argmax(axis=2)
             utterances = np.arange(len(tokens))[:, None]
             self.owed = self.owed[utterances, parents] + parts[utterances, chosen]
         self.totals = totals
 
-    def own_ids(self, tokens: np.ndarray, source: int) -> np.ndarray:
+    def own_ids(self, tokens: Array, source: int) -> Array:
         """Acoustic ids as ids of a source, -1 where it has no such token."""
         mapping = self._ids[source]
         if source == 0:
             return tokens
         if mapping is not None:
-            return mapping[tokens]
+            known: Array = mapping[tokens]
+            return known
         return np.where(tokens < self._vocab_sizes[source], tokens, -1)
 
     def keep(self, order: Sequence[int]) -> None:

@@ -9,8 +9,6 @@ import torch
 
 from shallowfusion.search.beam_state import BeamState
 from shallowfusion.search.beam_state_reference import ReferenceBeamState
-from shallowfusion.scorers.page_pool import PagePool
-from shallowfusion.scorers.page_pool_reference import ReferencePagePool
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,7 +24,3 @@ def one_thread() -> Iterator[None]:
 def state_class(request: pytest.FixtureRequest) -> type:
     return request.param
 
-
-@pytest.fixture(params=[PagePool, ReferencePagePool], ids=["native", "reference"])
-def pool_class(request: pytest.FixtureRequest) -> type:
-    return request.param
