@@ -142,6 +142,7 @@ void BeamState::recombine(size_t first) {
   for (size_t at = 0; at < kept.size(); ++at) {
     if (kept[at]) begin[count++] = begin[at];
   }
+  if (count == order.size()) return;
   candidates_.resize(first + count);
   std::stable_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(first), candidates_.end(),
                    [](const Candidate& one, const Candidate& other) { return one.total > other.total; });

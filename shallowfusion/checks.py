@@ -40,8 +40,7 @@ def integer_array(name: str, values: object, shape: tuple[int | None, ...]) -> I
     Raises:
         InvalidArgumentError: not integers, or another shape.
     """
-    array = _array(name, values, shape, "iu", "integers")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.ascontiguousarray(_array(name, values, shape, "iu", "integers"), dtype=np.int64)
 
 
 def float_array(name: str, values: object, shape: tuple[int | None, ...]) -> Float32Array:
@@ -51,11 +50,14 @@ def float_array(name: str, values: object, shape: tuple[int | None, ...]) -> Flo
         InvalidArgumentError: not real numbers, or another shape.
     """
     array = _array(name, values, shape, "fiu", "real numbers")
+    if array.dtype == np.float32:
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _array(name: str, values: object, shape: tuple[int | None, ...], kinds: str, wanted: str) -> npt.NDArray[Any]:
+    # Runs five times a step: messages are only made when they are needed.
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -63,13 +65,16 @@ def _array(name: str, values: object, shape: tuple[int | None, ...], kinds: str,
         raise InvalidArgumentError(f"{name} must be an array of {wanted}, got {got}: {error}.") from None
     if array.size == 0 and array.dtype == np.float64:  # what an empty list becomes
         array = array.astype(np.int64)
-    require(array.dtype.kind in kinds, f"{name} must hold {wanted}, got dtype {array.dtype}.")
-    fits = array.ndim == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, array.shape, strict=True)
-    )
-    axes = ", ".join("any" if size is None else str(size) for size in shape)
-    require(fits, f"{name} must have shape [{axes}], got {list(array.shape)}.")
+    if array.dtype.kind not in kinds:
+        raise InvalidArgumentError(f"{name} must hold {wanted}, got dtype {array.dtype}.")
+    if array.shape != shape and not _fits(array.shape, shape):
+        axes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InvalidArgumentError(f"{name} must have shape [{axes}], got {list(array.shape)}.")
     return array
+
+
+def _fits(got: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(got) == len(wanted) and all(want in (None, size) for size, want in zip(got, wanted, strict=True))
 
 
 @dataclass(frozen=True)

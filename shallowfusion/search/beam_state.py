@@ -89,7 +89,7 @@ class BeamStateProtocol(Protocol):
     equal one later: all that end in one step have the same length, no other step has it.
 
     Ties go to the earlier candidate, and to the earlier finished. Cost: O(candidates) per utterance and step; memory:
-    one node (32 bytes + 4 * parts) per token that a live or finished hypothesis still reaches.
+    one node (24 bytes + 4 * parts) per token that a live or finished hypothesis still reaches.
     """
 
     @property
@@ -129,7 +129,10 @@ class BeamStateProtocol(Protocol):
         ...
 
     def force_finish(self, utterance: int) -> None:
-        """End an utterance now: its live hypotheses become finished, flagged forced. No effect if it is done."""
+        """End an utterance now: its live hypotheses become finished, flagged forced. No effect if it is done.
+
+        `hf` keeps the best `beam_size` of old and new ones, `whisper` only fills up to `beam_size`.
+        """
         ...
 
     def results(self, utterance: int, n_best: int) -> list[FinishedHypothesis]:

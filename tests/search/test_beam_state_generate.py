@@ -16,7 +16,7 @@ from shallowfusion.search.beam_state import FinishedHypothesis
 PROMPTS = [[3, 7], [1, 1], [9, 2]]
 MAX_NEW_TOKENS = 8
 EARLY_STOPPING = {"heuristic": False, "first": True, "never": "never"}
-SEED_AND_END_BOOST = [(1, 0.0), (2, 1.5), (3, 3.0), (4, 6.0)]
+SEED_AND_END_BOOST = [(1, 0.0), (1, 1.5), (2, 1.5), (3, 4.5), (4, 6.0)]
 
 
 class BoostedGPT2(GPT2LMHeadModel):
@@ -35,12 +35,12 @@ class BoostedGPT2(GPT2LMHeadModel):
 def tiny_model(seed: int, end_boost: float, end_ids: tuple[int, ...]) -> BoostedGPT2:
     """13 tokens, one layer, and weights large enough to make beams cross."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=13, n_positions=32, n_embd=16, n_layer=1, n_head=2, initializer_range=0.7)
+    shape = {"vocab_size": 13, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**shape, initializer_range=0.7, bos_token_id=None, eos_token_id=None)
     model = BoostedGPT2(config).float().eval()
     model.end_ids, model.end_boost = end_ids, end_boost
     model.generation_config.eos_token_id = list(end_ids)
     model.generation_config.pad_token_id = 0
-    model.generation_config.bos_token_id = None
     return model
 
 
