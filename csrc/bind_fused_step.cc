@@ -24,28 +24,32 @@ constexpr int64_t kMaxVocab = int64_t{1} << 30;
 constexpr int64_t kMaxRows = int64_t{1} << 24;
 constexpr int kMaxThreads = 256;
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
+// A macro, so that the message is put together only when it is needed: these checks run in every step.
+#define REQUIRE(condition, message)                    \
+  do {                                                 \
+    if (!(condition)) throw py::value_error(message);  \
+  } while (false)
 
 template <class Value>
 std::string text(const Value& value) {
   return std::to_string(value);
 }
 
+std::string joined(const std::vector<int64_t>& values) {
+  std::string all;
+  for (const int64_t value : values) all += (all.empty() ? "" : ", ") + text(value);
+  return all;
+}
+
 // The data of an array with exactly this dtype and shape.
 template <class T>
-const T* data_of(const py::object& object, const std::string& name, const std::vector<int64_t>& shape) {
-  require(py::isinstance<py::array_t<T, py::array::c_style>>(object),
+const T* data_of(const py::object& object, const char* array_name, const std::vector<int64_t>& shape) {
+  const std::string name(array_name);
+  REQUIRE((py::isinstance<py::array_t<T, py::array::c_style>>(object)),
           name + " must be a C-contiguous numpy array of " + std::string(py::str(py::dtype::of<T>())) + ".");
   const auto array = py::reinterpret_borrow<py::array>(object);
-  bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
-  std::string wanted;
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    same = same && array.shape(static_cast<py::ssize_t>(axis)) == shape[axis];
-    wanted += (axis == 0 ? "" : ", ") + text(shape[axis]);
-  }
-  require(same, name + " must have shape [" + wanted + "].");
+  const std::vector<int64_t> given(array.shape(), array.shape() + array.ndim());
+  REQUIRE(given == shape, name + " must have shape [" + joined(shape) + "], got [" + joined(given) + "].");
   return static_cast<const T*>(array.data());
 }
 
@@ -62,7 +66,7 @@ const Kernels& level_named(const std::optional<std::string>& level) {
 
 int threads_for(const std::optional<int>& threads, int64_t rows) {
   if (!threads.has_value()) return static_cast<int>(std::clamp<int64_t>(rows, 1, hardware_threads()));
-  require(*threads >= 1 && *threads <= kMaxThreads,
+  REQUIRE(*threads >= 1 && *threads <= kMaxThreads,
           "threads must be from 1 to " + text(kMaxThreads) + ", got " + text(*threads) + ".");
   return *threads;
 }
@@ -73,16 +77,16 @@ using SourceTuple = std::tuple<uint64_t, int, int64_t, int64_t, double, py::obje
 SourceView checked_view(const SourceTuple& given, int64_t rows, const std::string& name) {
   const auto& [address, dtype, vocab, row_stride, temperature, map, policy, floor] = given;
   (void)map;
-  require(dtype >= 0 && dtype <= 2, name + ": dtype code must be 0, 1 or 2, got " + text(dtype) + ".");
-  require(vocab >= 1 && vocab <= kMaxVocab, name + ": vocabulary must be from 1 to 2^30, got " + text(vocab) + ".");
-  require(row_stride <= int64_t{1} << 40 && (row_stride >= vocab || (rows <= 1 && row_stride >= 0)),
+  REQUIRE(dtype >= 0 && dtype <= 2, name + ": dtype code must be 0, 1 or 2, got " + text(dtype) + ".");
+  REQUIRE(vocab >= 1 && vocab <= kMaxVocab, name + ": vocabulary must be from 1 to 2^30, got " + text(vocab) + ".");
+  REQUIRE(row_stride <= int64_t{1} << 40 && (row_stride >= vocab || (rows <= 1 && row_stride >= 0)),
           name + ": row stride must be at least the vocabulary, got " + text(row_stride) + ".");
   const auto size = static_cast<uint64_t>(item_size(static_cast<Dtype>(dtype)));
-  require(address != 0 && address % size == 0, name + ": address must be aligned and not null.");
-  require(std::isfinite(temperature) && temperature > 0.0,
+  REQUIRE(address != 0 && address % size == 0, name + ": address must be aligned and not null.");
+  REQUIRE(std::isfinite(temperature) && temperature > 0.0,
           name + ": temperature must be finite and > 0, got " + text(temperature) + ".");
-  require(policy >= 0 && policy <= 2, name + ": policy code must be 0, 1 or 2, got " + text(policy) + ".");
-  require(!std::isnan(floor) && floor < HUGE_VAL, name + ": floor must be a number below +inf.");
+  REQUIRE(policy >= 0 && policy <= 2, name + ": policy code must be 0, 1 or 2, got " + text(policy) + ".");
+  REQUIRE(!std::isnan(floor) && floor < HUGE_VAL, name + ": floor must be a number below +inf.");
   SourceView view;
   view.logits = reinterpret_cast<const char*>(address);
   view.dtype = static_cast<Dtype>(dtype);
@@ -95,7 +99,7 @@ SourceView checked_view(const SourceTuple& given, int64_t rows, const std::strin
 }
 
 void add_sources(StepArguments& arguments, const std::vector<SourceTuple>& sources) {
-  require(!sources.empty() && sources.size() <= kMaxSources,
+  REQUIRE(!sources.empty() && sources.size() <= kMaxSources,
           "sources must be 1 to " + text(kMaxSources) + ", got " + text(sources.size()) + ".");
   for (size_t index = 0; index < sources.size(); ++index) {
     const std::string name = "source " + text(index);
@@ -103,9 +107,9 @@ void add_sources(StepArguments& arguments, const std::vector<SourceTuple>& sourc
     const py::object& map = std::get<5>(sources[index]);
     if (!map.is_none()) {
       const int64_t vocab = index == 0 ? view.vocab : arguments.vocab();
-      view.map = data_of<int32_t>(map, name + ": map", {vocab});
+      view.map = data_of<int32_t>(map, (name + ": map").c_str(), {vocab});
       const auto [low, high] = std::minmax_element(view.map, view.map + vocab);
-      require(*low >= -1 && *high < view.vocab, name + ": map must hold -1 or ids below " + text(view.vocab) + ".");
+      REQUIRE(*low >= -1 && *high < view.vocab, name + ": map must hold -1 or ids below " + text(view.vocab) + ".");
     }
     arguments.sources.push_back(view);
   }
@@ -122,11 +126,11 @@ void add_weights(StepArguments& arguments, const py::object& weights, const py::
   const bool mixture = arguments.combine == Combine::mixture;
   for (int64_t at = 0; at < arguments.rows * num_sources; ++at) {
     const float weight = arguments.weights[at];
-    require(std::isfinite(weight) && (!mixture || weight >= 0.0f),
+    REQUIRE(std::isfinite(weight) && (!mixture || weight >= 0.0f),
             std::string("weights must be finite") + (mixture ? " and >= 0 in a mixture" : "") + ", got " +
                 text(weight) + ".");
   }
-  require(below_infinity(arguments.length_bonus, arguments.rows), "length_bonus must hold numbers below +inf.");
+  REQUIRE(below_infinity(arguments.length_bonus, arguments.rows), "length_bonus must hold numbers below +inf.");
 }
 
 void add_biases(StepArguments& arguments, const Kernels& kernels, const py::object& token_bias,
@@ -134,7 +138,7 @@ void add_biases(StepArguments& arguments, const Kernels& kernels, const py::obje
   const int64_t vocab = arguments.vocab();
   if (!token_bias.is_none()) {
     arguments.token_bias = data_of<float>(token_bias, "token_bias", {vocab});
-    require(!kernels.any_broken[0](arguments.token_bias, vocab), "token_bias must hold numbers below +inf.");
+    REQUIRE(!kernels.any_broken[0](arguments.token_bias, vocab), "token_bias must hold numbers below +inf.");
   }
   if (!allowed.is_none()) {
     arguments.allowed_words = (vocab + 31) / 32;
@@ -146,20 +150,20 @@ using BonusTuple = std::tuple<py::object, py::object, py::object>;
 
 void add_bonus(StepArguments& arguments, const BonusTuple& bonus) {
   const auto& [offsets, tokens, values] = bonus;
-  require(py::isinstance<py::array>(tokens), "bonus token_ids must be a numpy array.");
+  REQUIRE(py::isinstance<py::array>(tokens), "bonus token_ids must be a numpy array.");
   const int64_t entries = py::reinterpret_borrow<py::array>(tokens).size();
   arguments.bonus_offsets = data_of<int32_t>(offsets, "bonus row_offsets", {arguments.rows + 1});
   arguments.bonus_tokens = data_of<int32_t>(tokens, "bonus token_ids", {entries});
   arguments.bonus_values = data_of<float>(values, "bonus values", {entries});
   const int32_t* from = arguments.bonus_offsets;
-  require(from[0] == 0 && from[arguments.rows] == entries && std::is_sorted(from, from + arguments.rows + 1),
+  REQUIRE(from[0] == 0 && from[arguments.rows] == entries && std::is_sorted(from, from + arguments.rows + 1),
           "bonus row_offsets must rise from 0 to the number of entries.");
-  require(below_infinity(arguments.bonus_values, entries), "bonus values must be numbers below +inf.");
+  REQUIRE(below_infinity(arguments.bonus_values, entries), "bonus values must be numbers below +inf.");
   for (int64_t row = 0; row < arguments.rows; ++row) {
     std::vector<int32_t> row_tokens(arguments.bonus_tokens + from[row], arguments.bonus_tokens + from[row + 1]);
     if (row_tokens.empty()) continue;
     std::sort(row_tokens.begin(), row_tokens.end());
-    require(row_tokens.front() >= 0 && row_tokens.back() < arguments.vocab() &&
+    REQUIRE(row_tokens.front() >= 0 && row_tokens.back() < arguments.vocab() &&
                 std::adjacent_find(row_tokens.begin(), row_tokens.end()) == row_tokens.end(),
             "bonus token_ids must be acoustic ids, each at most once in a row.");
   }
@@ -169,17 +173,17 @@ int code_of(const std::string& value, const std::string& name, const std::vector
   const auto found = std::find(codes.begin(), codes.end(), value);
   std::string wanted;
   for (const std::string& code : codes) wanted += (wanted.empty() ? "'" : ", '") + code + "'";
-  require(found != codes.end(), name + " must be one of " + wanted + ", got '" + value + "'.");
+  REQUIRE(found != codes.end(), name + " must be one of " + wanted + ", got '" + value + "'.");
   return static_cast<int>(found - codes.begin());
 }
 
 void add_sizes(StepArguments& arguments, const py::object& totals, int64_t beam_size, int64_t top_k, int64_t end_id) {
   const int64_t vocab = arguments.vocab();
-  require(beam_size >= 1 && arguments.rows % beam_size == 0,
+  REQUIRE(beam_size >= 1 && arguments.rows % beam_size == 0,
           "beam_size must divide the number of rows, got " + text(beam_size) + " for " + text(arguments.rows) + ".");
-  require(top_k >= 1 && top_k <= kMaxTopK, "top_k must be from 1 to 2^24, got " + text(top_k) + ".");
-  require(end_id >= -1 && end_id < vocab, "end_id must be -1 or an acoustic id, got " + text(end_id) + ".");
-  require(end_id >= 0 || arguments.normalize != Normalize::end_factored, "end_factored needs an end_id.");
+  REQUIRE(top_k >= 1 && top_k <= kMaxTopK, "top_k must be from 1 to 2^24, got " + text(top_k) + ".");
+  REQUIRE(end_id >= -1 && end_id < vocab, "end_id must be -1 or an acoustic id, got " + text(end_id) + ".");
+  REQUIRE(end_id >= 0 || arguments.normalize != Normalize::end_factored, "end_factored needs an end_id.");
   arguments.totals = data_of<float>(totals, "totals", {arguments.rows});
   arguments.beam_size = beam_size;
   arguments.top_k = top_k;
@@ -187,10 +191,10 @@ void add_sizes(StepArguments& arguments, const py::object& totals, int64_t beam_
 }
 
 int64_t rows_of(const py::object& totals) {
-  require(py::isinstance<py::array>(totals) && py::reinterpret_borrow<py::array>(totals).ndim() == 1,
+  REQUIRE(py::isinstance<py::array>(totals) && py::reinterpret_borrow<py::array>(totals).ndim() == 1,
           "totals must be a numpy array [rows].");
   const int64_t rows = py::reinterpret_borrow<py::array>(totals).shape(0);
-  require(rows <= kMaxRows, "rows must be at most 2^24.");
+  REQUIRE(rows <= kMaxRows, "rows must be at most 2^24.");
   return rows;
 }
 
@@ -243,7 +247,7 @@ py::dict fused_step_bound(const std::vector<SourceTuple>& sources, const py::obj
 py::dict row_statistics_bound(const SourceTuple& source, int64_t rows, const std::optional<std::string>& level,
                               const std::optional<int>& threads) {
   const Kernels& kernels = level_named(level);
-  require(rows >= 0 && rows <= kMaxRows, "rows must be from 0 to 2^24, got " + text(rows) + ".");
+  REQUIRE(rows >= 0 && rows <= kMaxRows, "rows must be from 0 to 2^24, got " + text(rows) + ".");
   const SourceView view = checked_view(source, rows, "source");
   const int num_threads = threads_for(threads, rows);
   py::array_t<float> log_sum_exp(rows);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "float_mode.h"
 #include "fused_step_row.h"
 #include "thread_pool.h"
 
@@ -43,6 +44,7 @@ void finish_row(RowWork& work, RowResult& result) {
 
 void score_rows(const StepContext& context, int threads, std::vector<RowResult>& results) {
   parallel_for(static_cast<int64_t>(results.size()), threads, [&](int64_t row) {
+    const FlushDenormals mode;
     thread_local RowWork work;
     if (!plan_row(work, context, row, results[row])) return;
     if (!work.general) scan_blocks(work, 0, work.num_blocks);
@@ -60,7 +62,10 @@ int64_t score_split_rows(const StepContext& context, int threads, std::vector<Ro
   const auto rows = static_cast<int64_t>(results.size());
   std::vector<RowWork> works(rows);
   std::vector<char> live(rows, 0);
-  parallel_for(rows, threads, [&](int64_t row) { live[row] = plan_row(works[row], context, row, results[row]); });
+  parallel_for(rows, threads, [&](int64_t row) {
+    const FlushDenormals mode;
+    live[row] = plan_row(works[row], context, row, results[row]);
+  });
   std::vector<Part> parts;
   int64_t split = 0;
   for (int64_t row = 0; row < rows; ++row) {
@@ -72,9 +77,11 @@ int64_t score_split_rows(const StepContext& context, int threads, std::vector<Ro
     ++split;
   }
   parallel_for(static_cast<int64_t>(parts.size()), threads, [&](int64_t part) {
+    const FlushDenormals mode;
     scan_blocks(works[parts[part].row], parts[part].first, parts[part].last);
   });
   parallel_for(rows, threads, [&](int64_t row) {
+    const FlushDenormals mode;
     if (live[row]) finish_row(works[row], results[row]);
   });
   return split;
@@ -195,7 +202,10 @@ StepTrace fused_step(const StepArguments& arguments, const StepOutput& output, c
     trace.general_rows += results[row].general;
   }
   parallel_for(arguments.rows / arguments.beam_size, threads,
-               [&](int64_t utterance) { merge_utterance(context, utterance, results, output); });
+               [&](int64_t utterance) {
+                 const FlushDenormals mode;
+                 merge_utterance(context, utterance, results, output);
+               });
   return trace;
 }
 

@@ -48,8 +48,8 @@ struct Simd {
   static float sum(Vector value) { return _mm512_reduce_add_ps(value); }
   static float largest(Vector value) { return _mm512_reduce_max_ps(value); }
 
-  // sum + 2^y: the fraction by a polynomial of degree 5 (error 7.5e-8), the rest by vscalefps, whose rules for
-  // -inf, +inf and NaN are those of 2^y.
+  // sum + 2^y: the fraction by a polynomial of degree 5 (error 7.5e-8), the rest by vscalefps, whose rules for -inf,
+  // +inf and NaN are those of 2^y.
   static Vector add_exp2(Vector y, Vector sum) {
     const Vector f = _mm512_reduce_ps(y, 0x09);  // y - floor(y)
     Vector p = broadcast(0x1.ec320ap-10f);

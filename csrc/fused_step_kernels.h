@@ -26,7 +26,8 @@ enum SourceWork : unsigned {
   kLargest = 4,   // report the largest logit
   kSum = 8,       // report sum of 2^y
   kCombine = 16,  // combined += weight * y
-  kSourceVariants = 32,
+  kUnit = 32,     // with kFirst: weight is 1, so nothing is multiplied
+  kSourceVariants = 64,
 };
 
 struct SourceArguments {
@@ -52,6 +53,27 @@ struct FinishArguments {
   float* group_maxima;  // [ceil(count / kGroupSpan), lanes]
 };
 
+// Two sources of one dtype, the first of weight 1, the second of positive weight.
+struct PairArguments {
+  const void* first;
+  const void* second;
+  int64_t count;  // multiple of Kernels::lanes
+  float first_scale;
+  float first_offset;
+  float second_scale;
+  float second_offset;
+  float weight;
+  const float* bias;    // as in FinishArguments
+  float* group_maxima;  // as in FinishArguments
+};
+
+struct PairResult {
+  float first_sum;
+  float second_sum;
+  float combined_sum;
+  float largest;  // of the second
+};
+
 struct StatisticsArguments {
   const void* logits;
   int64_t count;  // multiple of Kernels::lanes
@@ -72,6 +94,7 @@ struct Kernels {
   float offset_limit;  // |offset| up to which y = scale * x + offset loses nothing that matters
   SourceResult (*source_block[3][kSourceVariants])(const SourceArguments&);
   float (*finish_block[3])(const FinishArguments&);  // by SumOf; returns the sum of 2^combined
+  PairResult (*pair_block[3][2][3])(const PairArguments&);  // by dtype, largest wanted, SumOf
   StatisticsResult (*statistics_block[3])(const StatisticsArguments&);
   // Copies x - subtract as float32 and pads with -inf to a multiple of lanes.
   void (*convert_block[3])(const void* logits, int64_t count, float subtract, float* out);

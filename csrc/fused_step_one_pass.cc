@@ -62,6 +62,7 @@ SourceResult run_source(const RowSource& source, const Kernels& kernels, int64_t
     dtype = static_cast<int>(Dtype::float32);
   }
   if (source.weight < 0.0 && (task & kCombine) != 0) task |= kNegative;
+  if (source.weight == 1.0 && (task & kFirst) != 0) task |= kUnit;
   return kernels.source_block[dtype][task]({logits, round_up(count, kernels.lanes), source.scale, source.offset,
                                             static_cast<float>(source.weight), combined});
 }
@@ -76,6 +77,29 @@ SumOf sum_of(Normalize normalize) {
   return normalize == Normalize::local ? SumOf::after_bias : SumOf::nothing;
 }
 
+// The common block, two sources in one loop; false: it is not of that kind.
+bool scan_pair(RowWork& work, const Segment& segment, int64_t token, int64_t count, const FinishArguments& finish,
+               double* sums, float* largest) {
+  if (work.sources.size() != 2 || segment.present != 3 || !segment.tokens) return false;
+  const RowSource& first = work.sources[0];
+  const RowSource& second = work.sources[1];
+  const Dtype dtype = first.view->dtype;
+  if (second.view->dtype != dtype || first.weight != 1.0 || second.weight < 0.0) return false;
+  if (first.needs_largest || count % work.kernels().lanes != 0) return false;
+  const int64_t byte = token * item_size(dtype);
+  const auto kernel = work.kernels().pair_block[static_cast<int>(dtype)][second.needs_largest ? 1 : 0]
+                                               [static_cast<int>(sum_of(work.normalize))];
+  const PairResult found =
+      kernel({first.logits + byte, second.logits + byte, count, first.scale, first.offset, second.scale, second.offset,
+              static_cast<float>(second.weight), finish.bias, finish.group_maxima});
+  sums[0] = found.first_sum;
+  sums[1] = found.second_sum;
+  sums[2] = found.combined_sum;
+  largest[0] = kImpossible;
+  largest[1] = found.largest;
+  return true;
+}
+
 void scan_block(RowWork& work, const Segment& segment, int64_t block) {
   const Kernels& kernels = work.kernels();
   const size_t width = work.sources.size();
@@ -84,6 +108,13 @@ void scan_block(RowWork& work, const Segment& segment, int64_t block) {
   double* sums = work.sums.data() + block * (width + 1);
   float* largest = work.largest.data() + block * width;
   float combined[kBlock + kMaxLanes];
+  float bias[kBlock + kMaxLanes];
+  FinishArguments finish{combined, nullptr, round_up(count, kernels.lanes), nullptr};
+  if (segment.tokens) {
+    finish.bias = bias_of(work, token, count, bias);
+    finish.group_maxima = work.block_maxima(block);
+  }
+  if (scan_pair(work, segment, token, count, finish, sums, largest)) return;
   unsigned task = kSum | (segment.tokens ? kCombine | kFirst : 0u);
   std::fill(sums, sums + width + 1, 0.0);
   if (segment.present == 0) fill_constant(combined, count, kernels.lanes);
@@ -97,11 +128,7 @@ void scan_block(RowWork& work, const Segment& segment, int64_t block) {
     largest[index] = result.largest;
     task &= ~static_cast<unsigned>(kFirst);
   }
-  if (!segment.tokens) return;
-  float bias[kBlock + kMaxLanes];
-  const FinishArguments finish{combined, bias_of(work, token, count, bias), round_up(count, kernels.lanes),
-                               work.block_maxima(block)};
-  sums[width] = kernels.finish_block[static_cast<int>(sum_of(work.normalize))](finish);
+  if (segment.tokens) sums[width] = kernels.finish_block[static_cast<int>(sum_of(work.normalize))](finish);
 }
 
 // Log-sum-exp in nats out of a sum of 2^y; divided by scale * temperature, which undoes the rounding of scale.

@@ -103,6 +103,7 @@ struct RowWork {
   std::vector<float> combined;  // general rows: [vocab], log2 of the fused score
   std::vector<float> scratch;
   std::vector<float> survivors;
+  std::vector<int32_t> places;
   double shift = 0.0;  // nats, added to every increment but, under end_factored, that of the end token
 
   const StepArguments& arguments() const { return context->arguments; }

@@ -63,29 +63,28 @@ double score_of(const RowWork& work, int64_t token, double bonus) {
   return end ? score : score + work.arguments().length_bonus[work.row];
 }
 
-// A lower bound of the `rank`-th largest of `values`, exact unless ties or spare bins make it smaller; -inf = take all.
-float rank_bound(const std::vector<float>& values, int64_t rank, std::vector<float>& survivors) {
-  const auto count = static_cast<int64_t>(values.size());
+// The `rank`-th largest of the group maxima; -inf = fewer than that are possible.
+//
+// Maxima of groups of groups come first: at least `rank` groups reach the `rank`-th largest of those.
+float rank_bound(RowWork& work, int64_t rank) {
+  const Kernels& kernels = work.kernels();
+  const auto count = static_cast<int64_t>(work.maxima.size());
+  std::vector<float>& found = work.survivors;
   if (rank > count) return kImpossible;
+  const FinishArguments groups{work.maxima.data(), nullptr, count, nullptr};
+  const int64_t num_bins = (count + kGroupSpan - 1) / kGroupSpan * kernels.lanes;
   float bound = kImpossible;
-  const int64_t num_bins = round_up(2 * rank, 32);
-  survivors.clear();
-  if (num_bins * 4 <= count) {
-    survivors.assign(values.begin(), values.begin() + num_bins);
-    for (int64_t start = num_bins; start + num_bins <= count; start += num_bins) {
-      const float* from = values.data() + start;
-      float* bins = survivors.data();
-      for (int64_t bin = 0; bin < num_bins; ++bin) bins[bin] = from[bin] > bins[bin] ? from[bin] : bins[bin];
-    }
-    std::nth_element(survivors.begin(), survivors.begin() + (rank - 1), survivors.end(), std::greater<float>());
-    bound = survivors[rank - 1];
-    survivors.clear();
+  if (rank <= num_bins) {
+    found.resize(num_bins);
+    kernels.finish_block[static_cast<int>(SumOf::nothing)]({groups.combined, nullptr, count, found.data()});
+    std::nth_element(found.begin(), found.begin() + (rank - 1), found.end(), std::greater<float>());
+    bound = found[rank - 1];
   }
-  for (const float value : values) {
-    if (value >= bound) survivors.push_back(value);
-  }
-  std::nth_element(survivors.begin(), survivors.begin() + (rank - 1), survivors.end(), std::greater<float>());
-  return survivors[rank - 1];
+  work.places.resize(count);
+  found.resize(kernels.collect_above(groups, bound, work.places.data()));
+  for (size_t at = 0; at < found.size(); ++at) found[at] = work.maxima[work.places[at]];
+  std::nth_element(found.begin(), found.begin() + (rank - 1), found.end(), std::greater<float>());
+  return found[rank - 1];
 }
 
 // Adds each segment's constant to its group maxima and returns how far float32 may be off, in log2 units.
@@ -130,11 +129,14 @@ void look_above(RowWork& work, float threshold, const RowBonus& bonus, BestList&
   const int lanes = work.kernels().lanes;
   for (const Segment& segment : work.segments) {
     if (!segment.tokens || segment.constant == kNever) continue;
-    const float* maxima = work.block_maxima(segment.first_block);
-    for (int64_t token = segment.first; token < segment.last; token += kGroupSpan, maxima += lanes) {
-      int reached = 0;
-      for (int lane = 0; lane < lanes; ++lane) reached |= static_cast<int>(maxima[lane] >= threshold);
-      if (reached == 0) continue;
+    const int64_t num_maxima = segment.num_blocks() * work.groups_per_block() * lanes;
+    const FinishArguments maxima{work.block_maxima(segment.first_block), nullptr, num_maxima, nullptr};
+    const int64_t reached = work.kernels().collect_above(maxima, threshold, work.places.data());
+    int64_t next = segment.first;
+    for (int64_t at = 0; at < reached; ++at) {
+      const int64_t token = segment.first + work.places[at] / lanes * kGroupSpan;
+      if (token < next) continue;  // another group of a span already looked at
+      next = token + kGroupSpan;
       const int64_t count = std::min(kGroupSpan, segment.last - token);
       look_at_span(work, segment, token, count, threshold - static_cast<float>(segment.constant), bonus, best);
     }
@@ -201,7 +203,7 @@ void select_row(RowWork& work, RowResult& result) {
   const float margin = level_maxima(work);
   // Tokens with a bonus are scored apart; their groups may hold nothing else that counts, so look that much further.
   const int64_t rank = std::min(arguments.top_k, arguments.vocab()) + bonus.count;
-  const float bound = rank_bound(work.maxima, rank, work.survivors);
+  const float bound = rank_bound(work, rank);
   const float threshold = bound - (margin + std::fabs(bound) * 0x1p-19f);
   if (std::isfinite(threshold)) {
     look_above(work, threshold, bonus, best);

@@ -41,27 +41,32 @@ SourceResult source_block(const SourceArguments& arguments) {
   const Vector impossible = Simd::broadcast(kImpossible);
   float* combined = arguments.combined;
   Vector sums[2] = {Simd::broadcast(0.0f), Simd::broadcast(0.0f)};
-  Vector largest = impossible;
-  const auto step = [&](int64_t at, Vector& sum) __attribute__((always_inline)) {
+  Vector largest[2] = {impossible, impossible};
+  const auto step = [&](int64_t at, Vector& sum, Vector& most) __attribute__((always_inline)) {
     if constexpr ((work & kSum) != 0) Simd::prefetch(logits + at);
     const Vector x = Load::load(logits + at);
     const Vector y = Simd::multiply_add(x, scale, offset);
-    if constexpr ((work & kLargest) != 0) largest = Simd::larger(x, largest);
+    if constexpr ((work & kLargest) != 0) most = Simd::larger(x, most);
     if constexpr ((work & kCombine) != 0) {
-      Vector c = (work & kFirst) != 0 ? Simd::multiply(y, weight)
-                                      : Simd::multiply_add(y, weight, Simd::load(combined + at));
+      Vector c = y;
+      if constexpr ((work & kFirst) == 0) {
+        c = Simd::multiply_add(y, weight, Simd::load(combined + at));
+      } else if constexpr ((work & kUnit) == 0) {
+        c = Simd::multiply(y, weight);
+      }
       if constexpr ((work & kNegative) != 0) c = Simd::impossible_where_impossible(c, x);
       Simd::store(combined + at, c);
     }
     if constexpr ((work & kSum) != 0) sum = Simd::add_exp2(y, sum);
   };
+  const int64_t count = arguments.count;
   int64_t at = 0;
-  for (; at + 2 * Simd::lanes <= arguments.count; at += 2 * Simd::lanes) {
-    step(at, sums[0]);
-    step(at + Simd::lanes, sums[1]);
+  for (; at + 2 * Simd::lanes <= count; at += 2 * Simd::lanes) {
+    step(at, sums[0], largest[0]);
+    step(at + Simd::lanes, sums[1], largest[1]);
   }
-  if (at < arguments.count) step(at, sums[0]);
-  return {Simd::sum(Simd::add(sums[0], sums[1])), Simd::largest(largest)};
+  if (at < count) step(at, sums[0], largest[0]);
+  return {Simd::sum(Simd::add(sums[0], sums[1])), Simd::largest(Simd::larger(largest[0], largest[1]))};
 }
 
 // Group maxima of combined (+ bias), and the sum of 2^combined before or after the bias.
@@ -90,6 +95,58 @@ float finish(const FinishArguments& arguments) {
 template <class Simd, SumOf sum_of>
 float finish_block(const FinishArguments& arguments) {
   return arguments.bias == nullptr ? finish<Simd, sum_of, false>(arguments) : finish<Simd, sum_of, true>(arguments);
+}
+
+// Two sources and the end of the block in one loop: no fused score goes through memory.
+template <class Simd, Dtype dtype, bool with_largest, SumOf sum_of, bool biased>
+PairResult pair(const PairArguments& arguments) {
+  using Load = Loader<Simd, dtype>;
+  using Vector = typename Simd::Vector;
+  const auto* first = static_cast<const typename Load::Element*>(arguments.first);
+  const auto* second = static_cast<const typename Load::Element*>(arguments.second);
+  const Vector first_scale = Simd::broadcast(arguments.first_scale);
+  const Vector first_offset = Simd::broadcast(arguments.first_offset);
+  const Vector second_scale = Simd::broadcast(arguments.second_scale);
+  const Vector second_offset = Simd::broadcast(arguments.second_offset);
+  const Vector weight = Simd::broadcast(arguments.weight);
+  const Vector log2_e = Simd::broadcast(static_cast<float>(kLog2E));
+  const Vector zero = Simd::broadcast(0.0f);
+  const Vector impossible = Simd::broadcast(kImpossible);
+  const float* bias = arguments.bias;
+  float* maxima = arguments.group_maxima;
+  Vector first_sum = zero;
+  Vector second_sum = zero;
+  Vector sum = zero;
+  Vector largest = impossible;
+  const int64_t count = arguments.count;
+  for (int64_t start = 0; start < count; start += kGroupSpan) {
+    const int64_t stop = start + kGroupSpan < count ? start + kGroupSpan : count;
+    Vector group = impossible;
+    for (int64_t at = start; at < stop; at += Simd::lanes) {
+      Simd::prefetch(first + at);
+      Simd::prefetch(second + at);
+      const Vector x = Load::load(second + at);
+      const Vector y = Simd::multiply_add(Load::load(first + at), first_scale, first_offset);
+      const Vector z = Simd::multiply_add(x, second_scale, second_offset);
+      if constexpr (with_largest) largest = Simd::larger(x, largest);
+      first_sum = Simd::add_exp2(y, first_sum);
+      second_sum = Simd::add_exp2(z, second_sum);
+      Vector c = Simd::multiply_add(z, weight, y);
+      if constexpr (sum_of == SumOf::before_bias) sum = Simd::add_exp2(c, sum);
+      if constexpr (biased) c = Simd::multiply_add(Simd::load(bias + at), log2_e, c);
+      if constexpr (sum_of == SumOf::after_bias) sum = Simd::add_exp2(c, sum);
+      group = Simd::larger(c, group);
+    }
+    Simd::store(maxima, group);
+    maxima += Simd::lanes;
+  }
+  return {Simd::sum(first_sum), Simd::sum(second_sum), Simd::sum(sum), Simd::largest(largest)};
+}
+
+template <class Simd, Dtype dtype, bool with_largest, SumOf sum_of>
+PairResult pair_block(const PairArguments& arguments) {
+  return arguments.bias == nullptr ? pair<Simd, dtype, with_largest, sum_of, false>(arguments)
+                                   : pair<Simd, dtype, with_largest, sum_of, true>(arguments);
 }
 
 template <class Simd, Dtype dtype>
@@ -246,18 +303,35 @@ bool any_nonzero(const float* values, int64_t count) {
   return bits != 0;
 }
 
+// Combinations no caller asks for stay null, which keeps the library small.
+constexpr bool is_used(unsigned work) {
+  if (work == 0) return false;
+  if ((work & kCombine) == 0) return (work & (kFirst | kUnit | kNegative)) == 0;
+  return (work & kUnit) == 0 || ((work & kFirst) != 0 && (work & kNegative) == 0);
+}
+
 template <class Simd, Dtype dtype, unsigned work>
 void fill_source_blocks(Kernels& kernels) {
   if constexpr (work < kSourceVariants) {
-    kernels.source_block[static_cast<int>(dtype)][work] = &source_block<Simd, dtype, work>;
+    if constexpr (is_used(work)) kernels.source_block[static_cast<int>(dtype)][work] = &source_block<Simd, dtype, work>;
     fill_source_blocks<Simd, dtype, work + 1>(kernels);
   }
+}
+
+template <class Simd, Dtype dtype, SumOf sum_of>
+void fill_pair(Kernels& kernels) {
+  auto& pairs = kernels.pair_block[static_cast<int>(dtype)];
+  pairs[0][static_cast<int>(sum_of)] = &pair_block<Simd, dtype, false, sum_of>;
+  pairs[1][static_cast<int>(sum_of)] = &pair_block<Simd, dtype, true, sum_of>;
 }
 
 template <class Simd, Dtype dtype>
 void fill_dtype(Kernels& kernels) {
   const int code = static_cast<int>(dtype);
   fill_source_blocks<Simd, dtype, 0>(kernels);
+  fill_pair<Simd, dtype, SumOf::nothing>(kernels);
+  fill_pair<Simd, dtype, SumOf::before_bias>(kernels);
+  fill_pair<Simd, dtype, SumOf::after_bias>(kernels);
   kernels.statistics_block[code] = &statistics_block<Simd, dtype>;
   kernels.convert_block[code] = &convert_block<Simd, dtype>;
   kernels.any_broken[code] = &any_broken<Simd, dtype>;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "float_mode.h"
 #include "fused_step.h"
 #include "thread_pool.h"
 
@@ -102,6 +103,7 @@ RowStatistics statistics_of(const SourceView& source, const char* logits, const 
 void row_statistics(const SourceView& source, int64_t rows, const StatisticsOutput& output, const Kernels& kernels,
                     int threads) {
   parallel_for(rows, threads, [&](int64_t row) {
+    const FlushDenormals mode;
     const char* logits = source.logits + row * source.row_stride * item_size(source.dtype);
     const RowStatistics found = statistics_of(source, logits, kernels);
     output.log_sum_exp[row] = static_cast<float>(found.log_sum_exp);

@@ -108,15 +108,16 @@ def row_statistics_cpu(
 
 def _source(source: Tensor, temperature: float, token_map: Tensor | None, unmapped: Unmapped) -> _native.Source:
     """One source as the binding takes it; the caller keeps the tensor alive."""
-    if source.device.type != "cpu" or source.ndim != 2 or source.dtype not in DTYPE_CODES:
+    if not source.is_cpu or source.dim() != 2 or source.dtype not in DTYPE_CODES:
         raise InvalidArgumentError(
             "a source must be a CPU tensor [rows, vocab] of float32, float16 or bfloat16, "
             f"got {source.dtype} {list(source.shape)} on {source.device}."
         )
     rows, vocab = source.shape
-    if vocab > 1 and source.stride(1) != 1:
-        raise InvalidArgumentError(f"a source needs stride 1 along the vocabulary, got {source.stride(1)}.")
-    stride = source.stride(0) if rows > 1 else vocab
+    row_stride, unit_stride = source.stride()
+    if vocab > 1 and unit_stride != 1:
+        raise InvalidArgumentError(f"a source needs stride 1 along the vocabulary, got {unit_stride}.")
+    stride = row_stride if rows > 1 else vocab
     address = source.data_ptr() if rows > 0 else 64  # no row is read
     code = DTYPE_CODES[source.dtype]
     policy = POLICY_CODES[unmapped.policy]
@@ -127,6 +128,6 @@ def _array(tensor: Tensor | None, name: str) -> Any:
     """The tensor's memory as a numpy array."""
     if tensor is None:
         return None
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise InvalidArgumentError(f"{name} must be on the CPU, got {tensor.device}.")
-    return tensor.detach().numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
