@@ -77,17 +77,44 @@ void combine_mixture(const RowWork& work, int64_t token, int64_t count, float* c
   std::copy_n(mixed, count, combined);
 }
 
-// Log2 of the sum of 2^values; count entries, padded with -inf to whole vectors.
-double log2_sum(const Kernels& kernels, const float* values, int64_t count) {
-  const int64_t padded = round_up(count, kernels.lanes);
-  const float largest = kernels.source_block[0][kLargest]({values, padded, 1.0f, 0.0f, 0.0f, nullptr}).largest;
-  if (!(largest > kImpossible)) return kNever;
-  double sum = 0.0;
-  for (int64_t at = 0; at < padded; at += kBlock) {
-    const int64_t size = std::min(kBlock, padded - at);
-    sum += kernels.source_block[0][kSum]({values + at, size, 1.0f, -largest, 0.0f, nullptr}).sum;
+// Log2 of the sum of 2^values over all tokens but the end. Where float32 is too coarse for it, the tokens that matter,
+// which are few then, are summed as `exact` (nats) scores them; `coarseness` (token) is the magnitude it must resolve.
+template <class Coarseness, class Exact>
+double log2_sum(const RowWork& work, const std::vector<float>& values, const Coarseness& coarseness,
+                const Exact& exact) {
+  const int64_t vocab = work.arguments().vocab();
+  const auto best = std::max_element(values.begin(), values.begin() + vocab);
+  const double magnitude = *best > kImpossible ? coarseness(best - values.begin()) : HUGE_VAL;
+  if (magnitude <= kCoarse) {
+    double sum = 0.0;
+    for (int64_t at = 0; at < vocab; at += kBlock) {
+      const int64_t size = std::min(kBlock, round_up(vocab - at, work.kernels().lanes));
+      sum += work.kernels().source_block[0][kSum]({values.data() + at, size, 1.0f, -*best, 0.0f, nullptr}).sum;
+    }
+    return std::log2(sum) + *best;
   }
-  return std::log2(sum) + largest;
+  const double least = *best - kCoarse - magnitude * 0x1p-20;
+  std::vector<double> scores;
+  double highest = kNever;
+  for (int64_t token = 0; token < vocab; ++token) {
+    if (!(values[token] >= least || least == kNever) || token == work.arguments().end_id) continue;
+    scores.push_back(exact(token));
+    highest = std::max(highest, scores.back());
+  }
+  if (highest == kNever) return kNever;
+  double sum = 0.0;
+  for (const double score : scores) sum += std::exp(score - highest);
+  return (std::log(sum) + highest) * kLog2E;
+}
+
+// What the float32 score of a token was summed from, in log2 units. A mixture's best token is never far below one.
+double coarseness_of(const RowWork& work, int64_t token) {
+  double magnitude = 0.0;
+  if (work.arguments().combine == Combine::mixture) return magnitude;
+  for (const RowSource& source : work.sources) {
+    if (source.weight != 0.0) magnitude += std::fabs(source.weight * log_prob_of(source, token)) * kLog2E;
+  }
+  return magnitude;
 }
 
 double sum_of_words(RowWork& work) {
@@ -101,7 +128,9 @@ double sum_of_words(RowWork& work) {
     std::copy_n(values, count, work.scratch.data() + token);
   }
   work.scratch[arguments.end_id] = kImpossible;
-  return log2_sum(work.kernels(), work.scratch.data(), vocab);
+  return log2_sum(
+      work, work.scratch, [&](int64_t token) { return std::fabs(work.scratch[token]); },
+      [&](int64_t token) { return log_prob_of(work.sources[0], token); });
 }
 
 // Log2 of the sum of what is allowed, bias counted.
@@ -117,13 +146,17 @@ double sum_of_biased(RowWork& work) {
       work.scratch[at] = work.combined[at] + value * static_cast<float>(kLog2E);
     }
   }
-  return log2_sum(work.kernels(), work.scratch.data(), vocab);
+  return log2_sum(
+      work, work.scratch, [&](int64_t token) { return coarseness_of(work, token); },
+      [&](int64_t token) { return increment_of(work, token) + static_bias_of(work, token); });
 }
 
 void set_shift(RowWork& work) {
   work.shift = 0.0;
   if (work.normalize == Normalize::end_factored) {
-    const double fused = log2_sum(work.kernels(), work.combined.data(), work.arguments().vocab());
+    const double fused = log2_sum(
+        work, work.combined, [&](int64_t token) { return coarseness_of(work, token); },
+        [&](int64_t token) { return increment_of(work, token); });
     work.shift = fused == kNever ? kNever : (sum_of_words(work) - fused) * kLn2;
   } else if (work.normalize == Normalize::local) {
     const double fused = sum_of_biased(work);

@@ -173,7 +173,28 @@ void set_constants(RowWork& work) {
   }
 }
 
-// Log2 of the summed fused scores of all tokens but the end; false when underflow may have hidden some of them.
+// A token of the best score in the block of group maxima `group` (offset within the segment), and whether the terms
+// its score is summed from are small enough for float32.
+bool is_fine(const RowWork& work, const Segment& segment, int64_t group, float best) {
+  const Kernels& kernels = work.kernels();
+  const int64_t token = segment.first + group / kernels.lanes * kGroupSpan;
+  const int64_t count = std::min(kGroupSpan, segment.last - token);
+  float combined[kGroupSpan + kMaxLanes];
+  float bias[kGroupSpan + kMaxLanes];
+  int32_t offsets[kGroupSpan + kMaxLanes];
+  combine_tokens(work, segment, token, count, combined);
+  const FinishArguments span{combined, bias_of(work, token, count, bias), round_up(count, kernels.lanes), nullptr};
+  if (kernels.collect_above(span, best, offsets) == 0) return false;
+  double magnitude = 0.0;
+  for (const RowSource& source : work.sources) {
+    if (token + offsets[0] >= source.view->vocab) continue;
+    const double logit = read_logit(source.view->dtype, source.logits, token + offsets[0]);
+    magnitude += std::fabs(source.weight * (source.scale * logit + source.offset));
+  }
+  return magnitude <= kCoarse;
+}
+
+// Log2 of the summed fused scores of all tokens but the end; false when float32 may have hidden or blurred some.
 bool close_combined(RowWork& work, double* log2_sum) {
   const size_t width = work.sources.size();
   double highest = kNever;
@@ -182,25 +203,30 @@ bool close_combined(RowWork& work, double* log2_sum) {
   }
   double total = 0.0;
   double lost = 0.0;
+  double best_score = kNever;
+  bool fine = true;
   for (const Segment& segment : work.segments) {
     if (!segment.tokens || segment.constant == kNever) continue;
     double sum = 0.0;
-    float best = kImpossible;
     for (int64_t block = segment.first_block; block < segment.first_block + segment.num_blocks(); ++block) {
       sum += work.sums[block * (width + 1) + width];
     }
     const float* maxima = work.block_maxima(segment.first_block);
     const int64_t num_maxima = segment.num_blocks() * work.groups_per_block() * work.kernels().lanes;
-    for (int64_t group = 0; group < num_maxima; ++group) best = maxima[group] > best ? maxima[group] : best;
+    const float* best = std::max_element(maxima, maxima + num_maxima);
+    if (*best + segment.constant > best_score) {
+      best_score = *best + segment.constant;
+      fine = is_fine(work, segment, best - maxima, *best);
+    }
     if (!(sum <= kLargestSum)) return false;
     const double factor = std::exp2(segment.constant - highest);
     total += sum * factor;
-    if (best > kImpossible || work.normalize == Normalize::end_factored) {
+    if (*best > kImpossible || work.normalize == Normalize::end_factored) {
       lost += static_cast<double>(segment.last - segment.first) * 0x1p-126 * factor;
     }
   }
   *log2_sum = total > 0.0 ? std::log2(total) + highest : kNever;
-  return lost <= total * std::exp2(-kLostBits);
+  return fine && lost <= total * std::exp2(-kLostBits);
 }
 
 }  // namespace

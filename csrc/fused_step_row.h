@@ -11,6 +11,7 @@
 
 namespace shallowfusion {
 
+constexpr double kCoarse = 64.0;  // log2 scores summed from larger numbers are too coarse in float32 to be summed
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
 inline float read_logit(Dtype dtype, const char* row, int64_t index) {
@@ -131,6 +132,8 @@ RowSoftmax exact_softmax(const SourceView& view, int64_t row, const Kernels& ker
 // token_bias and the allowed mask of tokens [token, token + count) or null when they change nothing.
 const float* bias_of(const RowWork& work, int64_t token, int64_t count, float* scratch);
 
+// token_bias and the allowed mask of one token, nats.
+double static_bias_of(const RowWork& work, int64_t token);
 // The increment of one token in float64 before rewards, -inf = impossible.
 double increment_of(const RowWork& work, int64_t token);
 // What `local` sums for the end token, which no block holds: increment and static bias.

@@ -47,13 +47,8 @@ struct RowBonus {
   bool holds(int64_t token) const { return std::find(tokens, tokens + count, token) != tokens + count; }
 };
 
-double static_bias(const RowWork& work, int64_t token) {
-  if (!work.arguments().allows(work.row, token)) return kNever;
-  return work.arguments().token_bias == nullptr ? 0.0 : work.arguments().token_bias[token];
-}
-
 double score_of(const RowWork& work, int64_t token, double bonus) {
-  const double bias = static_bias(work, token);
+  const double bias = static_bias_of(work, token);
   if (bias == kNever) return kNever;
   const bool end = token == work.arguments().end_id;
   const bool acoustic_end = end && work.normalize == Normalize::end_factored;
@@ -145,6 +140,11 @@ void look_above(RowWork& work, float threshold, const RowBonus& bonus, BestList&
 
 }  // namespace
 
+double static_bias_of(const RowWork& work, int64_t token) {
+  if (!work.arguments().allows(work.row, token)) return kNever;
+  return work.arguments().token_bias == nullptr ? 0.0 : work.arguments().token_bias[token];
+}
+
 double log_prob_of(const RowSource& source, int64_t token) {
   const int64_t id = source.id_of(token);
   if (id < 0) return source.unmapped_log_prob();
@@ -192,7 +192,7 @@ double increment_of(const RowWork& work, int64_t token) {
 double end_log_score(const RowWork& work) {
   const int64_t end = work.arguments().end_id;
   if (end < 0) return kNever;
-  const double bias = static_bias(work, end);
+  const double bias = static_bias_of(work, end);
   return bias == kNever ? kNever : increment_of(work, end) + bias;
 }
 
