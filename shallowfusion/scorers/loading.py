@@ -80,7 +80,7 @@ def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> Acousti
     )
     tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "a tokenizer")
     model = model.to(device).eval()
-    tokens = whisper_tokens(model)
+    tokens = whisper_tokens(model, tokenizer)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, tokens.end, name=name)
     return AcousticModel(name, WhisperScorer(model, vocabulary), tokenizer, _feature_settings(name), tokens)
 
@@ -131,8 +131,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return known[str(dtype)]
 
 
-def whisper_tokens(model: Any) -> WhisperTokens:
-    """Special tokens as the model's generation settings name them."""
+def whisper_tokens(model: Any, tokenizer: Any = None) -> WhisperTokens:
+    """Special tokens as the model's generation settings name them, else as its tokenizer does."""
     settings, config = model.generation_config, model.config
     start = _single(getattr(settings, "decoder_start_token_id", None)) or _single(config.decoder_start_token_id)
     end = _single(getattr(settings, "eos_token_id", None)) or _single(config.eos_token_id)
@@ -142,13 +142,20 @@ def whisper_tokens(model: Any) -> WhisperTokens:
     return WhisperTokens(
         start=start,
         end=end,
-        no_timestamps=getattr(settings, "no_timestamps_token_id", None),
-        previous=getattr(settings, "prev_sot_token_id", None),
+        no_timestamps=_named(settings, "no_timestamps_token_id", tokenizer, "<|notimestamps|>"),
+        previous=_named(settings, "prev_sot_token_id", tokenizer, "<|startofprev|>"),
         languages=languages if getattr(settings, "is_multilingual", bool(languages)) else {},
         tasks=dict(getattr(settings, "task_to_id", None) or {}),
         suppressed=tuple(getattr(settings, "suppress_tokens", None) or ()),
         first_suppressed=tuple(getattr(settings, "begin_suppress_tokens", None) or ()),
     )
+
+
+def _named(settings: Any, setting: str, tokenizer: Any, token: str) -> int | None:
+    found = getattr(settings, setting, None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.get_vocab().get(token)
+    return None if found is None else int(found)
 
 
 def _feature_settings(name: str) -> FeatureSettings:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from shallowfusion.checks import LARGEST_INTEGER, integer, integer_array
 from shallowfusion.config import require
 from shallowfusion.errors import CapacityError
-from shallowfusion.checks import LARGEST_INTEGER, integer, integer_array
 from shallowfusion.scorers.page_pool import AppendResult, Int32Array, Int64Array
 
 __all__ = ["ReferencePagePool"]

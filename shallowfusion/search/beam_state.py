@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shallowfusion import _native
-from shallowfusion.config import BeamSettings
 from shallowfusion.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
+from shallowfusion.config import BeamSettings
 
 __all__ = ["BeamState", "BeamStateProtocol", "BeamStep", "FinishedHypothesis"]
 

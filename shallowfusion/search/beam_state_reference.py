@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from shallowfusion.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
 from shallowfusion.config import BeamSettings, require
 from shallowfusion.search.beam_state import BeamStep, FinishedHypothesis
-from shallowfusion.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
 
 __all__ = ["ReferenceBeamState"]
 

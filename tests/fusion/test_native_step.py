@@ -214,11 +214,11 @@ def test_zero_weights(level: str, normalize: str, combine: str, weights: tuple[f
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("combine", ["log_linear", "mixture"])
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_sources_of_weight_zero_change_no_bit(
-    level: str, normalize: str, combine: str, dtype: torch.dtype
-) -> None:
+def test_sources_of_weight_zero_change_no_bit(level: str, normalize: str, combine: str, dtype: torch.dtype) -> None:
     fields = {"normalize": normalize, "combine": combine, "token_bias": random_bias(4099)}
-    three = make_request(vocabs=(4099, 3000, 5000), dtypes=(dtype,), weights=torch.tensor([[1.0, 0.0, 0.0]] * 6), **fields)
+    three = make_request(
+        vocabs=(4099, 3000, 5000), dtypes=(dtype,), weights=torch.tensor([[1.0, 0.0, 0.0]] * 6), **fields
+    )
     one = make_request(vocabs=(4099,), dtypes=(dtype,), weights=torch.ones(6, 1), totals=three.totals, **fields)
     one = dataclasses.replace(one, sources=three.sources[:1])
     found, alone = fused_step_cpu(three, level=level), fused_step_cpu(one, level=level)
@@ -239,7 +239,11 @@ def test_thousands_of_ties_go_to_the_lowest_row_and_token(level: str, dtype: tor
         source[:] = source[0]
     totals = torch.tensor([-3.0, -3.0, -2.5, -1.0, -1.0, -1.0])
     request = dataclasses.replace(
-        request, sources=sources, totals=totals, weights=torch.tensor([[1.0, 0.5]] * 6), unmapped=(Unmapped("forbid"),) * 2
+        request,
+        sources=sources,
+        totals=totals,
+        weights=torch.tensor([[1.0, 0.5]] * 6),
+        unmapped=(Unmapped("forbid"),) * 2,
     )
     for top_k in (1, 6, 60, 700):
         case = dataclasses.replace(request, top_k=top_k)
@@ -325,7 +329,9 @@ def test_any_small_request(level: str, data: st.DataObject) -> None:
     seed = draw(st.integers(0, 2**20))
     vocab = draw(st.sampled_from([1, 2, 16, 33, 255, 300, 1030, 2100]))
     num_sources = draw(st.integers(1, 4))
-    vocabs = [vocab] + [draw(st.sampled_from([1, 5, vocab, vocab + 40, max(1, vocab - 9)])) for _ in range(num_sources - 1)]
+    vocabs = [vocab] + [
+        draw(st.sampled_from([1, 5, vocab, vocab + 40, max(1, vocab - 9)])) for _ in range(num_sources - 1)
+    ]
     utterances, beam_size = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     rows = utterances * beam_size
     combine = draw(st.sampled_from(["log_linear", "mixture"]))

@@ -23,4 +23,3 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=[BeamState, ReferenceBeamState], ids=["native", "reference"])
 def state_class(request: pytest.FixtureRequest) -> type:
     return request.param
-
