@@ -18,7 +18,7 @@ DEFAULT_LM_WEIGHT = 0.24
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Options of one call; names and defaults as in faster-whisper, transformers and openai-whisper where they have one.
+    """Options of one call; names and defaults as in faster-whisper, transformers and openai-whisper.
 
     Args:
         beam_size: live hypotheses per utterance; `num_beams` is accepted for it.
@@ -145,10 +145,8 @@ class DecodingOptions:
         """The rule in force with `num_models` language models loaded."""
         if self.rule is not None:
             return self.rule.for_models(num_models)
-        if self.lm_weight is None:
-            weight = DEFAULT_LM_WEIGHT if num_models else 0.0
-        else:
-            weight = self.lm_weight
+        default = DEFAULT_LM_WEIGHT if num_models else 0.0
+        weight = default if self.lm_weight is None else self.lm_weight
         rule = piecewise(weight, self.initial_steps) if self.initial_steps else static(weight)
         return rule.for_models(num_models)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transcribe.add_parser(commands)
     demo.add_parser(commands)
     chosen = parser.parse_args(arguments)
+    if not chosen.verbose:
+        # Known to transformers before it is imported; its own bars would mix with our output.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.INFO if chosen.verbose else logging.CRITICAL, format="%(name)s: %(message)s")
     try:
         code: int = chosen.run(chosen)

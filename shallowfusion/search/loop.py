@@ -178,8 +178,8 @@ class _Rows:
 
     def flagged(self, candidates: Candidates) -> Array:
         """Which utterances saw NaN or +inf, bool [utterances]."""
-        seen: Array = candidates.flags.cpu().numpy().reshape(self.totals.shape).any(axis=1)
-        return seen
+        flags = candidates.flags.cpu().numpy().reshape(self.totals.shape)
+        return np.asarray(flags.any(axis=1))
 
     def follow(self, candidates: Candidates, tokens: Array, parents: Array, totals: Array) -> None:
         """Remember the totals of the new rows and, for `catch_up`, the parts of their tokens."""
