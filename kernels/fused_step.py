@@ -111,7 +111,7 @@ def plan_row_statistics(
     stream = (source,), (source.stride(0),), (load_limit(source),), (vocab,), (inverse,), partials, 1, -1
     launches = [
         Launch(source_statistics, (splits, rows), stream, _constants(N=1, FULL=True, BLOCK=block)),
-        Launch(finish_row_statistics, (rows,), (partials, splits, inverse, *outputs), _constants(1, SPLITS=_ceil(splits))),
+        Launch(finish_row_statistics, (rows,), (partials, splits, inverse, *outputs), _constants(1, SPLITS=_merge_width(splits))),
     ]
     return launches, RowStatistics(*outputs)
 
@@ -228,7 +228,7 @@ def _two_pass(request: StepRequest, work: _Work) -> list[Launch]:
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, request.end_id, work.left_out,
     )  # fmt: skip
     constants = _constants(
-        N=work.sources, KEYS=work.keys, NORMALIZE=work.normalize, SPLITS=_ceil(work.splits), BLOCK=work.block
+        N=work.sources, KEYS=work.keys, NORMALIZE=work.normalize, SPLITS=_merge_width(work.splits), BLOCK=work.block
     )
     return [
         Launch(source_statistics, grid, first, _constants(N=work.sources, FULL=False, BLOCK=work.block)),
@@ -245,14 +245,13 @@ def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch
         request.sources, work.strides, work.vocabs, request.maps, work.temperatures, work.policies, work.floors,
         request.weights, request.totals, request.length_bonus, *work.bias, *work.allowed, *work.marked, *entries,
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id,
-        work.left_out, work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
+        work.left_out, work.normalize, work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
     )  # fmt: skip
     constants = _constants(
         N=work.sources,
         KEYS=work.keys,
-        NORMALIZE=work.normalize,
         EXTRAS=work.extras or work.keys != codes.ONE_PASS.value,
-        SPLITS=_ceil(work.splits),
+        SPLITS=_merge_width(work.splits),
         GROUPS=max(_ceil(work.groups), work.per_row),
         P=work.per_row,
         CHUNK=max(BONUS_CHUNK, work.per_row),
@@ -295,6 +294,11 @@ def _outputs(request: StepRequest) -> Candidates:
 def _block(rows: int) -> int:
     """Tokens per program: fewer where there are few rows, so that all of the device has work."""
     return 2048 if rows <= 10 else 4096
+
+
+def _merge_width(splits: int) -> int:
+    """Lanes that merge partial statistics: 32 for every vocabulary to 65,536, so that one variant serves both blocks."""
+    return max(32, _ceil(splits))
 
 
 def _ceil(number: int) -> int:

@@ -109,13 +109,13 @@ def ranking_keys(
     return tl.where(tokens >= boundary, keys + shift, keys)
 
 
-@triton.jit(do_not_specialize=["vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out", "splits", "groups", "allowed_words", "marked_words", "has_bonus"])
+@triton.jit(do_not_specialize=["vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out", "splits", "groups", "allowed_words", "marked_words", "has_bonus", "normalize"])
 def row_select(
     sources, strides, vocabs, maps, temperatures, policies, floors, weights, totals, length_bonus,
     bias, bias_limit, allowed, allowed_words, marked, marked_words, row_offsets, bonus_tokens, bonus_values, has_bonus,
-    statistics, splits, maxima, groups, vocab, boundary, end_id, left_out,
+    statistics, splits, maxima, groups, vocab, boundary, end_id, left_out, normalize,
     candidate_totals, candidate_tokens, row_constants, flags,
-    N: tl.constexpr, KEYS: tl.constexpr, NORMALIZE: tl.constexpr, EXTRAS: tl.constexpr,
+    N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
     SPLITS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The P best continuations of a row, exactly, with their totals; any order among them.
@@ -179,13 +179,13 @@ def row_select(
         entry = first
         while entry < last:
             entries = entry + tl.arange(0, CHUNK)
-            tokens = tl.load(bonus_tokens + entries, mask=entries < last, other=0)
-            keys = ranking_keys(
-                tokens, (entries < last) & (tokens != end_id), rows, maps, vocabs, temperatures, policies, constants,
+            ids = tl.load(bonus_tokens + entries, mask=entries < last, other=0)
+            bonus_keys = ranking_keys(
+                ids, (entries < last) & (ids != end_id), rows, maps, vocabs, temperatures, policies, constants,
                 row_weights, boundary, shift, row, bias, bias_limit, allowed, allowed_words, N, KEYS, EXTRAS,
             )  # fmt: skip
-            keys += tl.load(bonus_values + entries, mask=entries < last, other=0.0)
-            best = tl.topk(tl.reshape(tl.join(best, tl.topk(pack(keys, tokens), P)), [2 * P]), P)
+            bonus_keys += tl.load(bonus_values + entries, mask=entries < last, other=0.0)
+            best = tl.topk(tl.reshape(tl.join(best, tl.topk(pack(bonus_keys, ids), P)), [2 * P]), P)
             entry += CHUNK
 
     # totals of the chosen and of the end token
@@ -195,18 +195,17 @@ def row_select(
     has_end = ends >= 0
     scores = fused_increment(rows, maps, vocabs, temperatures, constants, row_weights, tokens, possible, N, KEYS)
     end_scores = fused_increment(rows, maps, vocabs, temperatures, constants, row_weights, ends, has_end, N, KEYS)
-    if NORMALIZE == END_FACTORED:
+    if normalize == END_FACTORED and fused_row:
         fused_sum = fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset
         words, words_sum = merged_sum(partials, splits, temperatures[0] * LOG2_E, SPLITS)
         left_over = (words - constants[0][0]) * temperatures[0] + safe_log(words_sum) - constants[0][1]
-        scores = tl.where(fused_row, left_over + (scores - fused_sum), scores)
+        scores = left_over + (scores - fused_sum)
         logits, known = load_logits(rows[0], None, vocabs[0], ends, has_end)
-        acoustic = log_prob(logits, known, constants[0][0], constants[0][1], IMPOSSIBLE, temperatures[0])
-        end_scores = tl.where(fused_row, acoustic, end_scores)
+        end_scores = log_prob(logits, known, constants[0][0], constants[0][1], IMPOSSIBLE, temperatures[0])
     if EXTRAS:
         scores = biased(scores, tokens, possible, row, bias, bias_limit, allowed, allowed_words)
         end_scores = biased(end_scores, ends, has_end, row, bias, bias_limit, allowed, allowed_words)
-    if NORMALIZE == LOCAL:
+    if normalize == LOCAL:
         fused_sum = fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset
         fused_sum = log_add(fused_sum, tl.max(end_scores, axis=0))
         scores -= fused_sum

@@ -126,18 +126,16 @@ def fuse_logits(
     for s in tl.static_range(N):
         weight = tl.load(weights + row * N + s)
         logits = tiles[s]
-        mapped = logits
         if stop > vocabs[s]:
-            known = tokens < vocabs[s]
-            logits = keep(logits, known)
-            mapped = tl.where(known | (policies[s] == FORBID), logits, 0.0)
-        counted = logits
+            logits = keep(logits, tokens < vocabs[s])
         if s == 0:  # noqa: SIM102
             if left_out >= start:
-                counted = keep(logits, tokens != left_out)
-        largest, total = exponent_sum(counted, temperatures[s] * LOG2_E)
+                logits = keep(logits, tokens != left_out)
+        largest, total = exponent_sum(logits, temperatures[s] * LOG2_E)
         store_partial(statistics, row * (N + 2) + s, largest, total)
-        keys = tl.fma(tl.where(weight == 0.0, 0.0, mapped), weight * temperatures[s], keys)
+        if (stop > vocabs[s]) & (policies[s] != FORBID):
+            logits = tl.where(tokens < vocabs[s], logits, 0.0)
+        keys = tl.fma(tl.where(weight == 0.0, 0.0, logits), weight * temperatures[s], keys)
     if start < groups * GROUP:
         finish_tile(
             keys, tokens, row, bias, bias_limit, allowed, allowed_words, marked, marked_words, statistics,
