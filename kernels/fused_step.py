@@ -26,7 +26,7 @@ from shallowfusion.values import Candidates, RowStatistics, StepRequest
 __all__ = ["Launch", "fused_step_triton", "plan_fused_step", "plan_row_statistics", "row_statistics_triton"]
 
 MAX_SOURCES = 4
-MAX_TOP_K = 256
+MAX_TOP_K = 64
 MAX_ROWS = 65535  # the second axis of a grid
 GROUP = codes.GROUP.value
 NORMALIZE = {
@@ -36,6 +36,7 @@ NORMALIZE = {
 }
 POLICY = {"neutral": codes.NEUTRAL.value, "floor": codes.FLOOR.value, "forbid": codes.FORBID.value}
 BONUS_CHUNK = 64
+MAX_COARSE = 128  # ranges that row_select compares pair by pair
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def fused_step_triton(request: StepRequest, *, block: int | None = None) -> Cand
         request: all tensors on one device.
         block: tokens per program, a power of two >= 32; None chooses by the number of rows.
     Raises:
-        InvalidArgumentError: over 4 sources, a mapped acoustic source, top_k over 256 (and over the vocabulary), over
+        InvalidArgumentError: over 4 sources, a mapped acoustic source, top_k over 64 (and over the vocabulary), over
             65,535 rows, or beam_size * vocab of 2^31 or more.
     """
     launches, candidates = plan_fused_step(request, block=block)
@@ -247,14 +248,18 @@ def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id,
         work.left_out, work.normalize, work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
     )  # fmt: skip
+    levels = 0
+    while _ceil(work.groups) >> (2 * levels) > MAX_COARSE:
+        levels += 1
     constants = _constants(
         N=work.sources,
         KEYS=work.keys,
         EXTRAS=work.extras or work.keys != codes.ONE_PASS.value,
         SPLITS=_merge_width(work.splits),
-        GROUPS=max(_ceil(work.groups), work.per_row),
+        COARSE=_ceil(work.groups) >> (2 * levels),
+        LEVELS=levels,
         P=work.per_row,
-        CHUNK=max(BONUS_CHUNK, work.per_row),
+        ENTRIES=BONUS_CHUNK,
     )
     return Launch(row_select, (request.num_rows,), arguments, constants)
 

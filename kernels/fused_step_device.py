@@ -27,6 +27,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 IMPOSSIBLE = tl.constexpr(float("-inf"))
 UNBOUNDED = tl.constexpr(float("inf"))
 LOW_BITS = tl.constexpr(0x7FFFFFFF)
+NOTHING = tl.constexpr(-0x7F800001 << 32)  # the packed key of -inf at the last index
 
 NEUTRAL = tl.constexpr(0)  # policies for a token without counterpart
 FLOOR = tl.constexpr(1)
@@ -47,10 +48,13 @@ def sanitized(score):
 
 @triton.jit
 def pack(value, index):
-    """One int64 that orders by (value descending, index ascending) when sorted descending; -0 counts as +0."""
+    """One int64 that orders by (value descending, index ascending) when sorted descending; -0 counts as +0.
+
+    A negative index counts as the last one.
+    """
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & LOW_BITS)
-    return (ordered.to(tl.int64) << 32) | (index ^ LOW_BITS).to(tl.int64)
+    return (ordered.to(tl.int64) << 32) | (~index & LOW_BITS).to(tl.int64)
 
 
 @triton.jit
@@ -62,6 +66,39 @@ def unpack_value(key):
 @triton.jit
 def unpack_index(key):
     return (key & LOW_BITS).to(tl.int32) ^ LOW_BITS
+
+
+@triton.jit
+def place(ranks, values, filler, P: tl.constexpr):
+    """values[i] at position ranks[i] of a vector of P, `filler` elsewhere."""
+    return tl.max(tl.where(ranks[:, None] == tl.arange(0, P)[None, :], values[:, None], filler), axis=0)
+
+
+@triton.jit
+def num_before(keys, others):
+    """How many of `others` are larger than each key; comparing all pairs of a short list beats sorting it."""
+    return tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def top_keys(values, indices, P: tl.constexpr):
+    """The P largest packed keys in order, NOTHING where there are fewer."""
+    keys = pack(values, indices)
+    return place(num_before(keys, keys), keys, NOTHING, P)
+
+
+@triton.jit
+def top_indices(values, indices, P: tl.constexpr):
+    """Indices by (value descending, index ascending), -1 for impossible ones."""
+    keys = pack(values, indices)
+    return place(num_before(keys, keys), tl.where(values > IMPOSSIBLE, indices, -1), -1, P)
+
+
+@triton.jit
+def merge_keys(best, fresh, P: tl.constexpr):
+    """The P largest of `best` (P keys in order) and `fresh` in order; no key is in both unless it is impossible."""
+    kept = place(tl.arange(0, P) + num_before(best, fresh), best, NOTHING, P)
+    return tl.maximum(kept, place(num_before(fresh, fresh) + num_before(fresh, best), fresh, NOTHING, P))
 
 
 @triton.jit

@@ -19,11 +19,14 @@ from shallowfusion.kernels.fused_step_device import (
     load_logits,
     log_add,
     log_prob,
+    merge_keys,
     merged_sum,
     pack,
     safe_log,
     sanitized,
     source_constants,
+    top_indices,
+    top_keys,
     unpack_index,
     unpack_value,
     weighted_logits,
@@ -31,37 +34,51 @@ from shallowfusion.kernels.fused_step_device import (
 
 __all__ = ["finish_row_statistics", "merge_rows", "row_select"]
 
-FAN_OUT = tl.constexpr(16)  # groups in a supergroup
+FAN_OUT = tl.constexpr(4)  # parts that a chosen range is cut into
 
 
 @triton.jit
 def group_maximum(maxima, groups, boundary, shift, group):
     """Largest ranking key of each group; `maxima` points at a row, `shift` lifts the tokens from `boundary` on."""
-    low = tl.load(maxima + group, mask=group < groups, other=IMPOSSIBLE)
-    beyond = (group < groups) & (group >= boundary // GROUP)
+    inside = (group >= 0) & (group < groups)
+    low = tl.load(maxima + group, mask=inside, other=IMPOSSIBLE)
+    beyond = inside & (group >= boundary // GROUP)
     return tl.maximum(low, tl.load(maxima + groups + group, mask=beyond, other=IMPOSSIBLE) + shift)
 
 
 @triton.jit
-def best_groups(maxima, groups, boundary, shift, GROUPS: tl.constexpr, P: tl.constexpr):
-    """Indices of P groups by (maximum descending, index ascending), by way of supergroups where there are many.
-
-    The P best tokens by (key descending, token ascending) lie in them: a token outside has P groups before its own,
-    each with a token of a larger key, or of an equal key and a lower id.
-    """
-    if GROUPS >= FAN_OUT * P:
-        every = tl.arange(0, GROUPS // FAN_OUT)[:, None] * FAN_OUT + tl.arange(0, FAN_OUT)[None, :]
-        largest = tl.max(group_maximum(maxima, groups, boundary, shift, every), axis=1)
-        chosen = unpack_index(tl.topk(pack(largest, tl.arange(0, GROUPS // FAN_OUT)), P))
-        inner = tl.reshape(chosen[:, None] * FAN_OUT + tl.arange(0, FAN_OUT)[None, :], [P * FAN_OUT])
-    else:
-        inner = tl.arange(0, GROUPS)
-    return unpack_index(tl.topk(pack(group_maximum(maxima, groups, boundary, shift, inner), inner), P))
+def range_maximum(maxima, groups, boundary, shift, part, WIDTH: tl.constexpr):
+    """Largest ranking key of each range of WIDTH groups."""
+    group = part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.max(group_maximum(maxima, groups, boundary, shift, group), axis=1)
 
 
 @triton.jit
-def biased(scores, tokens, inside, row, bias, bias_limit, allowed, allowed_words):
+def parts_of(chosen, COUNT: tl.constexpr, P: tl.constexpr):
+    """Indices of the COUNT parts of each chosen range, [P * COUNT]; negative for a range of -1."""
+    return tl.reshape(chosen[:, None] * COUNT + tl.arange(0, COUNT)[None, :], [P * COUNT])
+
+
+@triton.jit
+def best_groups(maxima, groups, boundary, shift, COARSE: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr):
+    """Indices of P groups by (maximum descending, index ascending), found through ranges of 4 ** LEVELS groups and less.
+
+    The P best tokens by (key descending, token ascending) lie in them: a token outside has P groups before its own,
+    each with a token of a larger key, or of an equal key and a lower id. The same holds for any aligned ranges.
+    """
+    part = tl.arange(0, COARSE)
+    chosen = top_indices(range_maximum(maxima, groups, boundary, shift, part, 1 << (2 * LEVELS)), part, P)
+    for level in tl.static_range(LEVELS):
+        part = parts_of(chosen, FAN_OUT, P)
+        largest = range_maximum(maxima, groups, boundary, shift, part, 1 << (2 * (LEVELS - 1 - level)))
+        chosen = top_indices(largest, part, P)
+    return chosen
+
+
+@triton.jit
+def biased(scores, tokens, inside, row, masks):
     """Scores with the static bias added and what is not allowed taken out."""
+    bias, bias_limit, allowed, allowed_words, _, _ = masks
     scores = scores + tl.load(bias + tokens, mask=inside & (tokens < bias_limit), other=0.0)
     return tl.where(allowed_bit(allowed, row, allowed_words, tokens, inside, -1), scores, IMPOSSIBLE)
 
@@ -94,19 +111,29 @@ def fused_log_sum(statistics, splits, shift, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def ranking_keys(
-    tokens, inside, rows, maps, vocabs, temperatures, policies, constants, weights, boundary, shift,
-    row, bias, bias_limit, allowed, allowed_words,
-    N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
-):  # fmt: skip
+def ranking_keys(tokens, inside, row, view, masks, boundary, shift, N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr):
     """The keys whose group maxima the stream stored, the row constant of tokens from `boundary` on added."""
+    rows, maps, vocabs, temperatures, policies, constants, weights = view
     if KEYS == ONE_PASS:
         keys = weighted_logits(rows, vocabs, temperatures, policies, weights, tokens, inside, N)
     else:
         keys = fused_increment(rows, maps, vocabs, temperatures, constants, weights, tokens, inside, N, KEYS)
     if EXTRAS:
-        keys = biased(keys, tokens, inside, row, bias, bias_limit, allowed, allowed_words)
+        keys = biased(keys, tokens, inside, row, masks)
     return tl.where(tokens >= boundary, keys + shift, keys)
+
+
+@triton.jit
+def grouped_keys(
+    part, row, view, masks, boundary, shift, vocab, end_id,
+    WIDTH: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """Largest ranking key of each range of WIDTH tokens; the end token and tokens with a bonus do not count here."""
+    tokens = part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (tokens >= 0) & (tokens < vocab) & (tokens != end_id)
+    if EXTRAS:
+        inside = inside & (allowed_bit(masks[4], row, masks[5], tokens, inside, 0) == 0)
+    return tl.max(ranking_keys(tokens, inside, row, view, masks, boundary, shift, N, KEYS, EXTRAS), axis=1)
 
 
 @triton.jit(do_not_specialize=["vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out", "splits", "groups", "allowed_words", "marked_words", "has_bonus", "normalize"])
@@ -116,7 +143,7 @@ def row_select(
     statistics, splits, maxima, groups, vocab, boundary, end_id, left_out, normalize,
     candidate_totals, candidate_tokens, row_constants, flags,
     N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
-    SPLITS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr, COARSE: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """The P best continuations of a row, exactly, with their totals; any order among them.
 
@@ -161,32 +188,33 @@ def row_select(
     shift = sanitized(shift)
     tl.store(flags + row, bad)
 
-    # selection by ranking keys
-    group = best_groups(maxima + row * 2 * groups, groups, boundary, shift, GROUPS, P)
-    tokens = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [P * GROUP])
-    inside = (tokens < vocab) & (tokens != end_id)
-    if EXTRAS:
-        inside = inside & (allowed_bit(marked, row, marked_words, tokens, inside, 0) == 0)
-    keys = ranking_keys(
-        tokens, inside, rows, maps, vocabs, temperatures, policies, constants, row_weights, boundary, shift,
-        row, bias, bias_limit, allowed, allowed_words, N, KEYS, EXTRAS,
-    )  # fmt: skip
-    best = tl.topk(pack(keys, tokens), P)
+    # selection by ranking keys, in ever shorter ranges of tokens
+    view = (rows, maps, vocabs, temperatures, policies, constants, row_weights)
+    masks = (bias, bias_limit, allowed, allowed_words, marked, marked_words)
+    chosen = best_groups(maxima + row * 2 * groups, groups, boundary, shift, COARSE, LEVELS, P)
+    part = parts_of(chosen, FAN_OUT, P)
+    keys = grouped_keys(part, row, view, masks, boundary, shift, vocab, end_id, GROUP // FAN_OUT, N, KEYS, EXTRAS)
+    chosen = top_indices(keys, part, P)
+    if P > 16:
+        part = parts_of(chosen, FAN_OUT, P)
+        keys = grouped_keys(part, row, view, masks, boundary, shift, vocab, end_id, 2, N, KEYS, EXTRAS)
+        part = parts_of(top_indices(keys, part, P), 2, P)
+    else:
+        part = parts_of(chosen, GROUP // FAN_OUT, P)
+    best = top_keys(grouped_keys(part, row, view, masks, boundary, shift, vocab, end_id, 1, N, KEYS, EXTRAS), part, P)
     first = 0
     last = 0
     if EXTRAS:
         first, last = entry_bounds(row_offsets, row, has_bonus)
         entry = first
         while entry < last:
-            entries = entry + tl.arange(0, CHUNK)
-            ids = tl.load(bonus_tokens + entries, mask=entries < last, other=0)
-            bonus_keys = ranking_keys(
-                ids, (entries < last) & (ids != end_id), rows, maps, vocabs, temperatures, policies, constants,
-                row_weights, boundary, shift, row, bias, bias_limit, allowed, allowed_words, N, KEYS, EXTRAS,
-            )  # fmt: skip
+            entries = entry + tl.arange(0, ENTRIES)
+            ids = tl.load(bonus_tokens + entries, mask=entries < last, other=-1)
+            inside = (ids >= 0) & (ids != end_id)
+            bonus_keys = ranking_keys(ids, inside, row, view, masks, boundary, shift, N, KEYS, EXTRAS)
             bonus_keys += tl.load(bonus_values + entries, mask=entries < last, other=0.0)
-            best = tl.topk(tl.reshape(tl.join(best, tl.topk(pack(bonus_keys, ids), P)), [2 * P]), P)
-            entry += CHUNK
+            best = merge_keys(best, pack(bonus_keys, ids), P)
+            entry += ENTRIES
 
     # totals of the chosen and of the end token
     possible = unpack_value(best) > IMPOSSIBLE
@@ -203,16 +231,16 @@ def row_select(
         logits, known = load_logits(rows[0], None, vocabs[0], ends, has_end)
         end_scores = log_prob(logits, known, constants[0][0], constants[0][1], IMPOSSIBLE, temperatures[0])
     if EXTRAS:
-        scores = biased(scores, tokens, possible, row, bias, bias_limit, allowed, allowed_words)
-        end_scores = biased(end_scores, ends, has_end, row, bias, bias_limit, allowed, allowed_words)
+        scores = biased(scores, tokens, possible, row, masks)
+        end_scores = biased(end_scores, ends, has_end, row, masks)
     if normalize == LOCAL:
         fused_sum = fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset
         fused_sum = log_add(fused_sum, tl.max(end_scores, axis=0))
         scores -= fused_sum
         end_scores -= fused_sum
     if EXTRAS:
-        scores += bonus_of(tokens, first, last, bonus_tokens, bonus_values, CHUNK)
-        end_scores += bonus_of(ends, first, last, bonus_tokens, bonus_values, CHUNK)
+        scores += bonus_of(tokens, first, last, bonus_tokens, bonus_values, ENTRIES)
+        end_scores += bonus_of(ends, first, last, bonus_tokens, bonus_values, ENTRIES)
     alive = (bad == 0) & (total > IMPOSSIBLE)
     scores = tl.where(possible & alive, sanitized(total + (scores + tl.load(length_bonus + row))), IMPOSSIBLE)
     end_scores = tl.where(has_end & alive, sanitized(total + end_scores), IMPOSSIBLE)
