@@ -36,7 +36,6 @@ NORMALIZE = {
 }
 POLICY = {"neutral": codes.NEUTRAL.value, "floor": codes.FLOOR.value, "forbid": codes.FORBID.value}
 BONUS_CHUNK = 64
-MAX_COARSE = 128  # ranges that row_select compares pair by pair
 
 
 @dataclass(frozen=True)
@@ -248,16 +247,12 @@ def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id,
         work.left_out, work.normalize, work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
     )  # fmt: skip
-    levels = 0
-    while _ceil(work.groups) >> (2 * levels) > MAX_COARSE:
-        levels += 1
     constants = _constants(
         N=work.sources,
         KEYS=work.keys,
         EXTRAS=work.extras or work.keys != codes.ONE_PASS.value,
         SPLITS=_merge_width(work.splits),
-        COARSE=_ceil(work.groups) >> (2 * levels),
-        LEVELS=levels,
+        GROUPS=max(_ceil(work.groups), work.per_row),
         P=work.per_row,
         ENTRIES=BONUS_CHUNK,
     )

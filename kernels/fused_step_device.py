@@ -81,20 +81,6 @@ def num_before(keys, others):
 
 
 @triton.jit
-def top_keys(values, indices, P: tl.constexpr):
-    """The P largest packed keys in order, NOTHING where there are fewer."""
-    keys = pack(values, indices)
-    return place(num_before(keys, keys), keys, NOTHING, P)
-
-
-@triton.jit
-def top_indices(values, indices, P: tl.constexpr):
-    """Indices by (value descending, index ascending), -1 for impossible ones."""
-    keys = pack(values, indices)
-    return place(num_before(keys, keys), tl.where(values > IMPOSSIBLE, indices, -1), -1, P)
-
-
-@triton.jit
 def merge_keys(best, fresh, P: tl.constexpr):
     """The P largest of `best` (P keys in order) and `fresh` in order; no key is in both unless it is impossible."""
     kept = place(tl.arange(0, P) + num_before(best, fresh), best, NOTHING, P)

@@ -25,8 +25,6 @@ from shallowfusion.kernels.fused_step_device import (
     safe_log,
     sanitized,
     source_constants,
-    top_indices,
-    top_keys,
     unpack_index,
     unpack_value,
     weighted_logits,
@@ -34,51 +32,38 @@ from shallowfusion.kernels.fused_step_device import (
 
 __all__ = ["finish_row_statistics", "merge_rows", "row_select"]
 
-FAN_OUT = tl.constexpr(4)  # parts that a chosen range is cut into
+FAN_OUT = tl.constexpr(16)  # groups in a supergroup
 
 
 @triton.jit
 def group_maximum(maxima, groups, boundary, shift, group):
     """Largest ranking key of each group; `maxima` points at a row, `shift` lifts the tokens from `boundary` on."""
-    inside = (group >= 0) & (group < groups)
-    low = tl.load(maxima + group, mask=inside, other=IMPOSSIBLE)
-    beyond = inside & (group >= boundary // GROUP)
+    low = tl.load(maxima + group, mask=group < groups, other=IMPOSSIBLE)
+    beyond = (group < groups) & (group >= boundary // GROUP)
     return tl.maximum(low, tl.load(maxima + groups + group, mask=beyond, other=IMPOSSIBLE) + shift)
 
 
 @triton.jit
-def range_maximum(maxima, groups, boundary, shift, part, WIDTH: tl.constexpr):
-    """Largest ranking key of each range of WIDTH groups."""
-    group = part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.max(group_maximum(maxima, groups, boundary, shift, group), axis=1)
-
-
-@triton.jit
-def parts_of(chosen, COUNT: tl.constexpr, P: tl.constexpr):
-    """Indices of the COUNT parts of each chosen range, [P * COUNT]; negative for a range of -1."""
-    return tl.reshape(chosen[:, None] * COUNT + tl.arange(0, COUNT)[None, :], [P * COUNT])
-
-
-@triton.jit
-def best_groups(maxima, groups, boundary, shift, COARSE: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr):
-    """Indices of P groups by (maximum descending, index ascending), found through ranges of 4 ** LEVELS groups and less.
+def best_groups(maxima, groups, boundary, shift, GROUPS: tl.constexpr, P: tl.constexpr):
+    """Indices of P groups by (maximum descending, index ascending), by way of supergroups where there are many.
 
     The P best tokens by (key descending, token ascending) lie in them: a token outside has P groups before its own,
-    each with a token of a larger key, or of an equal key and a lower id. The same holds for any aligned ranges.
+    each with a token of a larger key, or of an equal key and a lower id. The same holds for groups in supergroups.
     """
-    part = tl.arange(0, COARSE)
-    chosen = top_indices(range_maximum(maxima, groups, boundary, shift, part, 1 << (2 * LEVELS)), part, P)
-    for level in tl.static_range(LEVELS):
-        part = parts_of(chosen, FAN_OUT, P)
-        largest = range_maximum(maxima, groups, boundary, shift, part, 1 << (2 * (LEVELS - 1 - level)))
-        chosen = top_indices(largest, part, P)
-    return chosen
+    if GROUPS >= FAN_OUT * P:
+        every = tl.arange(0, GROUPS // FAN_OUT)[:, None] * FAN_OUT + tl.arange(0, FAN_OUT)[None, :]
+        largest = tl.max(group_maximum(maxima, groups, boundary, shift, every), axis=1)
+        chosen = unpack_index(tl.topk(pack(largest, tl.arange(0, GROUPS // FAN_OUT)), P))
+        inner = tl.reshape(chosen[:, None] * FAN_OUT + tl.arange(0, FAN_OUT)[None, :], [P * FAN_OUT])
+    else:
+        inner = tl.arange(0, GROUPS)
+    return unpack_index(tl.topk(pack(group_maximum(maxima, groups, boundary, shift, inner), inner), P))
 
 
 @triton.jit
 def biased(scores, tokens, inside, row, masks):
     """Scores with the static bias added and what is not allowed taken out."""
-    bias, bias_limit, allowed, allowed_words, _, _ = masks
+    bias, bias_limit, allowed, allowed_words = masks
     scores = scores + tl.load(bias + tokens, mask=inside & (tokens < bias_limit), other=0.0)
     return tl.where(allowed_bit(allowed, row, allowed_words, tokens, inside, -1), scores, IMPOSSIBLE)
 
@@ -123,19 +108,6 @@ def ranking_keys(tokens, inside, row, view, masks, boundary, shift, N: tl.conste
     return tl.where(tokens >= boundary, keys + shift, keys)
 
 
-@triton.jit
-def grouped_keys(
-    part, row, view, masks, boundary, shift, vocab, end_id,
-    WIDTH: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
-):  # fmt: skip
-    """Largest ranking key of each range of WIDTH tokens; the end token and tokens with a bonus do not count here."""
-    tokens = part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside = (tokens >= 0) & (tokens < vocab) & (tokens != end_id)
-    if EXTRAS:
-        inside = inside & (allowed_bit(masks[4], row, masks[5], tokens, inside, 0) == 0)
-    return tl.max(ranking_keys(tokens, inside, row, view, masks, boundary, shift, N, KEYS, EXTRAS), axis=1)
-
-
 @triton.jit(do_not_specialize=["vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out", "splits", "groups", "allowed_words", "marked_words", "has_bonus", "normalize"])
 def row_select(
     sources, strides, vocabs, maps, temperatures, policies, floors, weights, totals, length_bonus,
@@ -143,7 +115,7 @@ def row_select(
     statistics, splits, maxima, groups, vocab, boundary, end_id, left_out, normalize,
     candidate_totals, candidate_tokens, row_constants, flags,
     N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
-    SPLITS: tl.constexpr, COARSE: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """The P best continuations of a row, exactly, with their totals; any order among them.
 
@@ -188,20 +160,15 @@ def row_select(
     shift = sanitized(shift)
     tl.store(flags + row, bad)
 
-    # selection by ranking keys, in ever shorter ranges of tokens
+    # selection by ranking keys; the end token and tokens with a bonus do not count in groups
     view = (rows, maps, vocabs, temperatures, policies, constants, row_weights)
-    masks = (bias, bias_limit, allowed, allowed_words, marked, marked_words)
-    chosen = best_groups(maxima + row * 2 * groups, groups, boundary, shift, COARSE, LEVELS, P)
-    part = parts_of(chosen, FAN_OUT, P)
-    keys = grouped_keys(part, row, view, masks, boundary, shift, vocab, end_id, GROUP // FAN_OUT, N, KEYS, EXTRAS)
-    chosen = top_indices(keys, part, P)
-    if P > 16:
-        part = parts_of(chosen, FAN_OUT, P)
-        keys = grouped_keys(part, row, view, masks, boundary, shift, vocab, end_id, 2, N, KEYS, EXTRAS)
-        part = parts_of(top_indices(keys, part, P), 2, P)
-    else:
-        part = parts_of(chosen, GROUP // FAN_OUT, P)
-    best = top_keys(grouped_keys(part, row, view, masks, boundary, shift, vocab, end_id, 1, N, KEYS, EXTRAS), part, P)
+    masks = (bias, bias_limit, allowed, allowed_words)
+    group = best_groups(maxima + row * 2 * groups, groups, boundary, shift, GROUPS, P)
+    tokens = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [P * GROUP])
+    inside = (tokens < vocab) & (tokens != end_id)
+    if EXTRAS:
+        inside = inside & (allowed_bit(marked, row, marked_words, tokens, inside, 0) == 0)
+    best = tl.topk(pack(ranking_keys(tokens, inside, row, view, masks, boundary, shift, N, KEYS, EXTRAS), tokens), P)
     first = 0
     last = 0
     if EXTRAS:
@@ -210,8 +177,8 @@ def row_select(
         while entry < last:
             entries = entry + tl.arange(0, ENTRIES)
             ids = tl.load(bonus_tokens + entries, mask=entries < last, other=-1)
-            inside = (ids >= 0) & (ids != end_id)
-            bonus_keys = ranking_keys(ids, inside, row, view, masks, boundary, shift, N, KEYS, EXTRAS)
+            counted = (ids >= 0) & (ids != end_id)
+            bonus_keys = ranking_keys(ids, counted, row, view, masks, boundary, shift, N, KEYS, EXTRAS)
             bonus_keys += tl.load(bonus_values + entries, mask=entries < last, other=0.0)
             best = merge_keys(best, pack(bonus_keys, ids), P)
             entry += ENTRIES
