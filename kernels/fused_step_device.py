@@ -27,7 +27,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 IMPOSSIBLE = tl.constexpr(float("-inf"))
 UNBOUNDED = tl.constexpr(float("inf"))
 LOW_BITS = tl.constexpr(0x7FFFFFFF)
-NOTHING = tl.constexpr(-0x7F800001 << 32)  # the packed key of -inf at the last index
 
 NEUTRAL = tl.constexpr(0)  # policies for a token without counterpart
 FLOOR = tl.constexpr(1)
@@ -66,25 +65,6 @@ def unpack_value(key):
 @triton.jit
 def unpack_index(key):
     return (key & LOW_BITS).to(tl.int32) ^ LOW_BITS
-
-
-@triton.jit
-def place(ranks, values, filler, P: tl.constexpr):
-    """values[i] at position ranks[i] of a vector of P, `filler` elsewhere."""
-    return tl.max(tl.where(ranks[:, None] == tl.arange(0, P)[None, :], values[:, None], filler), axis=0)
-
-
-@triton.jit
-def num_before(keys, others):
-    """How many of `others` are larger than each key; comparing all pairs of a short list beats sorting it."""
-    return tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
-
-
-@triton.jit
-def merge_keys(best, fresh, P: tl.constexpr):
-    """The P largest of `best` (P keys in order) and `fresh` in order; no key is in both unless it is impossible."""
-    kept = place(tl.arange(0, P) + num_before(best, fresh), best, NOTHING, P)
-    return tl.maximum(kept, place(num_before(fresh, fresh) + num_before(fresh, best), fresh, NOTHING, P))
 
 
 @triton.jit

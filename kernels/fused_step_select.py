@@ -19,7 +19,6 @@ from shallowfusion.kernels.fused_step_device import (
     load_logits,
     log_add,
     log_prob,
-    merge_keys,
     merged_sum,
     pack,
     safe_log,
@@ -180,7 +179,8 @@ def row_select(
             counted = (ids >= 0) & (ids != end_id)
             bonus_keys = ranking_keys(ids, counted, row, view, masks, boundary, shift, N, KEYS, EXTRAS)
             bonus_keys += tl.load(bonus_values + entries, mask=entries < last, other=0.0)
-            best = merge_keys(best, pack(bonus_keys, ids), P)
+            if tl.max(bonus_keys, axis=0) >= tl.min(unpack_value(best), axis=0):
+                best = tl.topk(tl.reshape(tl.join(best, tl.topk(pack(bonus_keys, ids), P)), [2 * P]), P)
             entry += ENTRIES
 
     # totals of the chosen and of the end token
