@@ -107,11 +107,11 @@ def plan_row_statistics(
     splits = triton.cdiv(vocab, block)
     partials = torch.empty((rows, 4, splits), dtype=torch.float32, device=source.device)
     outputs = torch.empty((4, rows), dtype=torch.float32, device=source.device).unbind(0)
-    inverse = 1.0 / temperature
+    inverse, width = 1.0 / temperature, _merge_width(splits)
     stream = (source,), (source.stride(0),), (load_limit(source),), (vocab,), (inverse,), partials, 1, -1
     launches = [
         Launch(source_statistics, (splits, rows), stream, _constants(N=1, FULL=True, BLOCK=block)),
-        Launch(finish_row_statistics, (rows,), (partials, splits, inverse, *outputs), _constants(1, SPLITS=_merge_width(splits))),
+        Launch(finish_row_statistics, (rows,), (partials, splits, inverse, *outputs), _constants(1, SPLITS=width)),
     ]
     return launches, RowStatistics(*outputs)
 
@@ -191,9 +191,7 @@ def _keys(request: StepRequest) -> tuple[int, int]:
     if any(given is not None for given in request.maps):
         return codes.LOG_LINEAR.value, vocab
     pairs = zip(request.sources, request.unmapped, strict=True)
-    shorter = {
-        source.shape[1] for source, unmapped in pairs if source.shape[1] < vocab and unmapped.policy != "forbid"
-    }
+    shorter = {source.shape[1] for source, unmapped in pairs if source.shape[1] < vocab and unmapped.policy != "forbid"}
     if len(shorter) > 1:
         return codes.LOG_LINEAR.value, vocab
     return codes.ONE_PASS.value, min(shorter, default=vocab)
@@ -245,7 +243,8 @@ def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch
         request.sources, work.strides, work.vocabs, request.maps, work.temperatures, work.policies, work.floors,
         request.weights, request.totals, request.length_bonus, *work.bias, *work.allowed, *work.marked, *entries,
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id,
-        work.left_out, work.normalize, work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
+        work.left_out, work.normalize,
+        work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
     )  # fmt: skip
     constants = _constants(
         N=work.sources,
@@ -297,7 +296,7 @@ def _block(rows: int) -> int:
 
 
 def _merge_width(splits: int) -> int:
-    """Lanes that merge partial statistics: 32 for every vocabulary to 65,536, so that one variant serves both blocks."""
+    """Lanes that merge partial statistics: 32 up to a vocabulary of 65,536, so that one variant serves both blocks."""
     return max(32, _ceil(splits))
 
 

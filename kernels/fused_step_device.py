@@ -147,8 +147,10 @@ def fuse(increment, log_probs, weight, KEYS: tl.constexpr):
 
 
 @triton.jit
-def fused_increment(rows, maps, vocabs, temperatures, constants, weights, tokens, inside, N: tl.constexpr, KEYS: tl.constexpr):
-    """Weighted log-probs of `tokens`, normaliser and rewards apart; -inf where any source of weight calls it impossible."""
+def fused_increment(
+    rows, maps, vocabs, temperatures, constants, weights, tokens, inside, N: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """Weighted log-probs of `tokens`, normaliser and rewards apart; -inf where a source of weight says impossible."""
     increment = tl.full(tokens.shape, IMPOSSIBLE if KEYS == MIXTURE else 0.0, tl.float32)
     for s in tl.static_range(N):
         logits, known = load_logits(rows[s], maps[s], vocabs[s], tokens, inside)
@@ -170,6 +172,6 @@ def weighted_logits(rows, vocabs, temperatures, policies, weights, tokens, insid
 
 @triton.jit
 def allowed_bit(words, index, limit, tokens, inside, default):
-    """Bit of each token in the mask words of row `index`; `default` fills the words when the mask is absent (limit 0)."""
+    """Bit of each token in the mask words of row `index`; `default` is the word of an absent mask (limit 0)."""
     word = tl.load(words + index * limit + tokens // GROUP, mask=inside & (tokens // GROUP < limit), other=default)
     return ((word >> (tokens & (GROUP - 1))) & 1) != 0

@@ -31,6 +31,10 @@ from shallowfusion.kernels.fused_step_device import (
 
 __all__ = ["finish_row_statistics", "merge_rows", "row_select"]
 
+RUN_TIME = (  # as in fused_step_stream
+    *("vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out"),
+    *("splits", "groups", "allowed_words", "marked_words", "has_bonus", "normalize"),
+)
 FAN_OUT = tl.constexpr(16)  # groups in a supergroup
 
 
@@ -95,7 +99,9 @@ def fused_log_sum(statistics, splits, shift, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def ranking_keys(tokens, inside, row, view, masks, boundary, shift, N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr):
+def ranking_keys(
+    tokens, inside, row, view, masks, boundary, shift, N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr
+):  # fmt: skip
     """The keys whose group maxima the stream stored, the row constant of tokens from `boundary` on added."""
     rows, maps, vocabs, temperatures, policies, constants, weights = view
     if KEYS == ONE_PASS:
@@ -107,7 +113,7 @@ def ranking_keys(tokens, inside, row, view, masks, boundary, shift, N: tl.conste
     return tl.where(tokens >= boundary, keys + shift, keys)
 
 
-@triton.jit(do_not_specialize=["vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out", "splits", "groups", "allowed_words", "marked_words", "has_bonus", "normalize"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def row_select(
     sources, strides, vocabs, maps, temperatures, policies, floors, weights, totals, length_bonus,
     bias, bias_limit, allowed, allowed_words, marked, marked_words, row_offsets, bonus_tokens, bonus_values, has_bonus,
@@ -153,9 +159,9 @@ def row_select(
             lacking = (weight != 0.0) & (vocabs[s] < vocab) & (policies[s] != FORBID)
             shift += tl.where(lacking, weight * unmapped + constant, 0.0)
             offset += constant
-        rows = rows + (source,)
-        row_weights = row_weights + (weight,)
-        constants = constants + ((largest, log_sum, unmapped),)
+        rows = rows + (source,)  # noqa: RUF005
+        row_weights = row_weights + (weight,)  # noqa: RUF005
+        constants = constants + ((largest, log_sum, unmapped),)  # noqa: RUF005
     shift = sanitized(shift)
     tl.store(flags + row, bad)
 
@@ -261,7 +267,9 @@ def merge_rows(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def finish_row_statistics(statistics, splits, temperature, log_sum_exp, entropy, max_log_prob, margin, SPLITS: tl.constexpr):
+def finish_row_statistics(
+    statistics, splits, temperature, log_sum_exp, entropy, max_log_prob, margin, SPLITS: tl.constexpr
+):  # fmt: skip
     """Merges the partial statistics of a row of source_statistics; reads 16 bytes a split, bound by launch latency."""
     row = tl.program_id(0).to(tl.int64)
     place = statistics + row * 4 * splits

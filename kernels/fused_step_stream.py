@@ -28,6 +28,12 @@ from shallowfusion.kernels.fused_step_device import (
 
 __all__ = ["fuse_increments", "fuse_logits", "mark_bonus", "source_statistics"]
 
+# sizes and ids that change between calls: a variant for each would recompile in the middle of a service
+RUN_TIME = (
+    *("vocabs", "policies", "floors", "vocab", "boundary", "end_id", "left_out"),
+    *("splits", "groups", "allowed_words", "marked_words"),
+)
+
 
 @triton.jit
 def tile_tokens(BLOCK: tl.constexpr):
@@ -52,8 +58,8 @@ def keep(scores, condition):
 
 @triton.jit
 def store_fused_statistics(statistics, plane, scores, tokens, stop, boundary):
-    """Log-sum-exp partials of the fused scores, apart for tokens below and from `boundary` on (log-linear keys of the
-    one-pass mode lack a row constant there). `stop` is one past the tile's last token."""
+    """Log-sum-exp partials of the fused scores, apart for tokens below `boundary` and from it on, which lack a row
+    constant in the one-pass mode. `stop` is one past the tile's last token."""
     high_largest = tl.full([], IMPOSSIBLE, tl.float32)
     high_total = tl.zeros([], tl.float32)
     low = scores
@@ -71,7 +77,7 @@ def finish_tile(
     groups, vocab, boundary, end_id,
     NORMALIZE: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Masks, biases, fused statistics and group maxima of a tile of scores; the end token is left out of all of them."""
+    """Masks, biases, fused statistics and group maxima of a tile of scores; the end token is left out of them all."""
     start = tl.program_id(0) * BLOCK
     stop = start + BLOCK
     scores = sanitized(scores)
@@ -99,7 +105,7 @@ def finish_tile(
     tl.store(place, tl.max(low, axis=1), mask=group < groups)
 
 
-@triton.jit(do_not_specialize=["vocabs", "policies", "vocab", "boundary", "end_id", "left_out", "groups", "allowed_words", "marked_words"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def fuse_logits(
     sources, strides, limits, vocabs, temperatures, policies, weights,
     bias, bias_limit, allowed, allowed_words, marked, marked_words,
@@ -121,7 +127,7 @@ def fuse_logits(
     tiles = ()
     for s in tl.static_range(N):
         tile = tl.load(sources[s] + row * strides[s] + tokens, mask=tokens < limits[s], other=IMPOSSIBLE)
-        tiles = tiles + (tile.to(tl.float32),)
+        tiles = tiles + (tile.to(tl.float32),)  # noqa: RUF005
     keys = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)
     for s in tl.static_range(N):
         weight = tl.load(weights + row * N + s)
@@ -181,7 +187,7 @@ def source_statistics(
             store_partial(statistics, row * planes + s, largest, total)
 
 
-@triton.jit(do_not_specialize=["vocabs", "policies", "floors", "vocab", "end_id", "left_out", "splits", "groups", "allowed_words", "marked_words"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def fuse_increments(
     sources, strides, limits, vocabs, maps, temperatures, policies, floors, weights,
     bias, bias_limit, allowed, allowed_words, marked, marked_words,

@@ -15,7 +15,9 @@ IMPOSSIBLE = float("-inf")
 FLOAT32_STEP = 2.0**-24
 
 
-def logits(rows: int, vocab: int, *, seed: int, dtype: torch.dtype = torch.float32, padding: int | None = None) -> Tensor:
+def logits(
+    rows: int, vocab: int, *, seed: int, dtype: torch.dtype = torch.float32, padding: int | None = None
+) -> Tensor:
     """Random logits; with `padding`, a view of rows padded with NaN to a multiple of it, as a head GEMM leaves them."""
     values = (torch.randn((rows, vocab), generator=torch.Generator().manual_seed(seed)) * 4.0).to(dtype)
     if padding is None:
@@ -63,7 +65,7 @@ def extras(rows: int, vocab: int, end_id: int) -> dict[str, Any]:
     tokens[1 % rows] = sorted({end_id, *tokens[1 % rows]})
     offsets = torch.tensor([0, *[len(row) for row in tokens]]).cumsum(0).int()
     values = torch.randn(int(offsets[-1]), generator=generator) * 6.0
-    bonus = SparseBonus(offsets, torch.tensor(sum(tokens, []), dtype=torch.int32), values)
+    bonus = SparseBonus(offsets, torch.tensor([token for row in tokens for token in row], dtype=torch.int32), values)
     return {
         "token_bias": bias,
         "allowed": allowed,

@@ -58,7 +58,7 @@ def test_padding_is_loaded_but_never_counted():
     padded = logits(2, 507, seed=1, padding=64)
     assert load_limit(padded) == 512
     assert load_limit(padded.clone()) == 507  # row stride 507
-    assert load_limit(torch.zeros(2 * 512 - 5)[: 2 * 512 - 5].as_strided((2, 507), (512, 1))) == 507  # ends at the vocabulary
+    assert load_limit(torch.zeros(512 + 507).as_strided((2, 507), (512, 1))) == 507  # memory ends at the vocabulary
     assert torch.isnan(padded.as_strided((2, 512), (512, 1))[:, 507:]).all()
     narrow = torch.full((2, 999), float("nan"))
     narrow[:, 3:510] = logits(2, 507, seed=2)
@@ -69,9 +69,7 @@ def test_ties_go_to_the_lowest_row_and_token():
     rows, vocab = 4, 507
     acoustic, language = ((logits(rows, vocab, seed=seed) / 8).round() / 2 for seed in (3, 4))
     acoustic[1], language[1] = acoustic[0], language[0]
-    asked = request(
-        acoustic, language, weights=[1.0, 0.5], totals=torch.zeros(rows), top_k=16, end_id=200, length_bonus=torch.zeros(rows)
-    )
+    asked = request(acoustic, language, weights=[1.0, 0.5], totals=torch.zeros(rows), top_k=16, end_id=200)
     found = check(asked, 64)
     fused = acoustic.double().log_softmax(1) + 0.5 * language.double().log_softmax(1)
     order = fused.float().reshape(2, -1).sort(dim=1, descending=True, stable=True).indices[:, :16]
@@ -288,7 +286,9 @@ def test_what_the_backend_cannot_do_is_refused():
         plan_fused_step(request(acoustic, top_k=65))
 
 
-@pytest.mark.parametrize(("vocab", "block", "temperature"), [(1, 64, 1.0), (7, 64, 1.0), (507, 128, 1.0), (507, 64, 1.7)])
+@pytest.mark.parametrize(
+    ("vocab", "block", "temperature"), [(1, 64, 1.0), (7, 64, 1.0), (507, 128, 1.0), (507, 64, 1.7)]
+)
 def test_row_statistics(vocab, block, temperature):
     source = logits(7, vocab, seed=1, padding=64)
     source[0] = IMPOSSIBLE
@@ -300,7 +300,8 @@ def test_row_statistics(vocab, block, temperature):
     found = row_statistics_triton(to_device(source, DEVICE), temperature, block=block)
     expected = row_statistics_reference(source, temperature)
     for name in ("log_sum_exp", "entropy", "max_log_prob", "margin"):
-        torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=1e-6, atol=1e-5, equal_nan=True)
+        ours, exact = getattr(found, name).cpu(), getattr(expected, name)
+        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.slow
