@@ -21,7 +21,7 @@ from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.kernels import fused_step_device as codes
 from shallowfusion.kernels.fused_step_select import finish_row_statistics, merge_rows, row_select
 from shallowfusion.kernels.fused_step_stream import fuse_increments, fuse_logits, mark_bonus, source_statistics
-from shallowfusion.values import Candidates, RowStatistics, StepRequest
+from shallowfusion.values import Candidates, RowStatistics, StepRequest, Unmapped
 
 __all__ = ["Launch", "fused_step_triton", "plan_fused_step", "plan_row_statistics", "row_statistics_triton"]
 
@@ -34,7 +34,6 @@ NORMALIZE = {
     "local": codes.LOCAL.value,
     "end_factored": codes.END_FACTORED.value,
 }
-POLICY = {"neutral": codes.NEUTRAL.value, "floor": codes.FLOOR.value, "forbid": codes.FORBID.value}
 BONUS_CHUNK = 64
 
 
@@ -108,7 +107,7 @@ def plan_row_statistics(
     partials = torch.empty((rows, 4, splits), dtype=torch.float32, device=source.device)
     outputs = torch.empty((4, rows), dtype=torch.float32, device=source.device).unbind(0)
     inverse, width = 1.0 / temperature, _merge_width(splits)
-    stream = (source,), (source.stride(0),), (load_limit(source),), (vocab,), (inverse,), partials, 1, -1
+    stream = (source,), (source.stride(0),), (load_limit(source),), (_encode(vocab),), (inverse,), partials, 1, -1
     launches = [
         Launch(source_statistics, (splits, rows), stream, _constants(N=1, FULL=True, BLOCK=block)),
         Launch(finish_row_statistics, (rows,), (partials, splits, inverse, *outputs), _constants(1, SPLITS=width)),
@@ -133,17 +132,16 @@ class _Work:
     def __init__(self, request: StepRequest, block: int) -> None:
         self.block = block
         self.sources = len(request.sources)
-        self.vocabs = tuple(source.shape[1] for source in request.sources)
+        self.vocabs = tuple(_encode(source.shape[1]) for source in request.sources)
         self.strides = tuple(source.stride(0) for source in request.sources)
         self.limits = tuple(load_limit(source) for source in request.sources)
         self.temperatures = tuple(1.0 / temperature for temperature in request.temperatures)
-        self.policies = tuple(POLICY[unmapped.policy] for unmapped in request.unmapped)
-        self.floors = tuple(float(unmapped.floor) for unmapped in request.unmapped)
+        self.floors = tuple(_floor(unmapped) for unmapped in request.unmapped)
         self.keys, self.boundary = _keys(request)
         self.normalize = NORMALIZE[request.normalize]
         self.left_out = request.end_id if request.normalize == "end_factored" else -1
         self.extras = not (request.token_bias is None and request.allowed is None and request.bonus is None)
-        self.splits = triton.cdiv(max(self.vocabs), block)
+        self.splits = triton.cdiv(max(source.shape[1] for source in request.sources), block)
         self.groups = triton.cdiv(request.vocab_size, block) * (block // GROUP)
         self.per_row = max(2, _ceil(min(request.top_k, request.vocab_size)))
         self.words = triton.cdiv(request.vocab_size, GROUP)
@@ -205,7 +203,7 @@ def _mark(request: StepRequest, work: _Work) -> Launch:
 
 def _one_pass(request: StepRequest, work: _Work) -> Launch:
     arguments = (
-        request.sources, work.strides, work.limits, work.vocabs, work.temperatures, work.policies, request.weights,
+        request.sources, work.strides, work.limits, work.vocabs, work.temperatures, work.floors, request.weights,
         *work.bias, *work.allowed, *work.marked,
         work.statistics, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id, work.left_out,
     )  # fmt: skip
@@ -221,7 +219,7 @@ def _two_pass(request: StepRequest, work: _Work) -> list[Launch]:
         work.statistics, planes, work.left_out,
     )  # fmt: skip
     second = (
-        request.sources, work.strides, work.limits, work.vocabs, request.maps, work.temperatures, work.policies,
+        request.sources, work.strides, work.limits, work.vocabs, request.maps, work.temperatures,
         work.floors, request.weights, *work.bias, *work.allowed, *work.marked,
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, request.end_id, work.left_out,
     )  # fmt: skip
@@ -240,7 +238,7 @@ def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch
     if bonus is not None:
         entries = (bonus.row_offsets, bonus.token_ids, bonus.values, 1)
     arguments = (
-        request.sources, work.strides, work.vocabs, request.maps, work.temperatures, work.policies, work.floors,
+        request.sources, work.strides, work.vocabs, request.maps, work.temperatures, work.floors,
         request.weights, request.totals, request.length_bonus, *work.bias, *work.allowed, *work.marked, *entries,
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id,
         work.left_out, work.normalize,
@@ -288,6 +286,16 @@ def _outputs(request: StepRequest) -> Candidates:
         flags=torch.empty(request.num_rows, dtype=torch.bool, device=device),
         backend="triton",
     )
+
+
+def _floor(unmapped: Unmapped) -> float:
+    """The policy as one number, since floats are never specialised: see source_constants."""
+    return {"neutral": float("nan"), "forbid": float("-inf")}.get(unmapped.policy, float(unmapped.floor))
+
+
+def _encode(size: int) -> int:
+    """A size that goes into a tuple: see decoded."""
+    return 2 * size + 1
 
 
 def _block(rows: int) -> int:

@@ -11,13 +11,10 @@ import triton.language as tl
 
 __all__ = [
     "END_FACTORED",
-    "FLOOR",
-    "FORBID",
     "GROUP",
     "LOCAL",
     "LOG_LINEAR",
     "MIXTURE",
-    "NEUTRAL",
     "NORMALIZE_NONE",
     "ONE_PASS",
 ]
@@ -28,15 +25,18 @@ IMPOSSIBLE = tl.constexpr(float("-inf"))
 UNBOUNDED = tl.constexpr(float("inf"))
 LOW_BITS = tl.constexpr(0x7FFFFFFF)
 
-NEUTRAL = tl.constexpr(0)  # policies for a token without counterpart
-FLOOR = tl.constexpr(1)
-FORBID = tl.constexpr(2)
 NORMALIZE_NONE = tl.constexpr(0)
 LOCAL = tl.constexpr(1)
 END_FACTORED = tl.constexpr(2)
 ONE_PASS = tl.constexpr(0)  # ranking keys are weighted logits; the other two are increments of true log-probs
 LOG_LINEAR = tl.constexpr(1)
 MIXTURE = tl.constexpr(2)
+
+
+@triton.jit
+def decoded(odd):
+    """A size from 2 * size + 1: the compiler makes a variant for integers in tuples that are 1 or divide by 16."""
+    return odd >> 1
 
 
 @triton.jit
@@ -104,9 +104,10 @@ def safe_log(total):
 
 
 @triton.jit
-def source_constants(statistics, splits, inverse_temperature, policy, floor, left_out, SPLITS: tl.constexpr):
+def source_constants(statistics, splits, inverse_temperature, floor, left_out, SPLITS: tl.constexpr):
     """What one row needs of a source: (largest logit, log of the exp sum, log-prob of tokens without counterpart).
 
+    `floor` is what the source says of a token without counterpart: NaN = as much as of its favourite, -inf = forbidden.
     `left_out` is the logit that the stream kept out of the sums, -inf if there is none.
     """
     scale = inverse_temperature * LOG2_E
@@ -116,8 +117,7 @@ def source_constants(statistics, splits, inverse_temperature, policy, floor, lef
     total = total * tl.exp2((rest - reference) * scale) + tl.exp2((left_out - reference) * scale)
     log_sum = safe_log(total)
     unmapped = tl.where(largest == IMPOSSIBLE, IMPOSSIBLE, -log_sum)
-    unmapped = tl.where(policy == FLOOR, floor, tl.where(policy == FORBID, IMPOSSIBLE, unmapped))
-    return reference, log_sum, unmapped
+    return reference, log_sum, tl.where(floor == floor, floor, unmapped)
 
 
 @triton.jit
@@ -153,19 +153,19 @@ def fused_increment(
     """Weighted log-probs of `tokens`, normaliser and rewards apart; -inf where a source of weight says impossible."""
     increment = tl.full(tokens.shape, IMPOSSIBLE if KEYS == MIXTURE else 0.0, tl.float32)
     for s in tl.static_range(N):
-        logits, known = load_logits(rows[s], maps[s], vocabs[s], tokens, inside)
+        logits, known = load_logits(rows[s], maps[s], decoded(vocabs[s]), tokens, inside)
         log_probs = log_prob(logits, known, constants[s][0], constants[s][1], constants[s][2], temperatures[s])
         increment = fuse(increment, log_probs, weights[s], KEYS)
     return tl.where(inside, sanitized(increment), IMPOSSIBLE)
 
 
 @triton.jit
-def weighted_logits(rows, vocabs, temperatures, policies, weights, tokens, inside, N: tl.constexpr):
+def weighted_logits(rows, vocabs, temperatures, floors, weights, tokens, inside, N: tl.constexpr):
     """The ranking key of the one-pass mode; tokens beyond a source take 0 from it, or -inf where that is forbidden."""
     key = tl.zeros(tokens.shape, tl.float32)
     for s in tl.static_range(N):
-        logits, known = load_logits(rows[s], None, vocabs[s], tokens, inside)
-        logits = tl.where(known | (policies[s] == FORBID), logits, 0.0)
+        logits, known = load_logits(rows[s], None, decoded(vocabs[s]), tokens, inside)
+        logits = tl.where(known | (floors[s] == IMPOSSIBLE), logits, 0.0)
         key = tl.fma(tl.where(weights[s] == 0.0, 0.0, logits), weights[s] * temperatures[s], key)
     return tl.where(inside, sanitized(key), IMPOSSIBLE)
 

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from shallowfusion.kernels.fused_step_device import (
     END_FACTORED,
-    FORBID,
     GROUP,
     IMPOSSIBLE,
     LOCAL,
@@ -15,6 +14,7 @@ from shallowfusion.kernels.fused_step_device import (
     LOW_BITS,
     ONE_PASS,
     allowed_bit,
+    decoded,
     fused_increment,
     load_logits,
     log_add,
@@ -32,7 +32,7 @@ from shallowfusion.kernels.fused_step_device import (
 __all__ = ["finish_row_statistics", "merge_rows", "row_select"]
 
 RUN_TIME = (  # as in fused_step_stream
-    *("vocabs", "policies", "floors", "bias_limit", "vocab", "boundary", "end_id", "left_out"),
+    *("bias_limit", "vocab", "boundary", "end_id", "left_out"),
     *("splits", "groups", "allowed_words", "marked_words", "has_bonus", "normalize"),
 )
 FAN_OUT = tl.constexpr(16)  # groups in a supergroup
@@ -103,9 +103,9 @@ def ranking_keys(
     tokens, inside, row, view, masks, boundary, shift, N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr
 ):  # fmt: skip
     """The keys whose group maxima the stream stored, the row constant of tokens from `boundary` on added."""
-    rows, maps, vocabs, temperatures, policies, constants, weights = view
+    rows, maps, vocabs, temperatures, floors, constants, weights = view
     if KEYS == ONE_PASS:
-        keys = weighted_logits(rows, vocabs, temperatures, policies, weights, tokens, inside, N)
+        keys = weighted_logits(rows, vocabs, temperatures, floors, weights, tokens, inside, N)
     else:
         keys = fused_increment(rows, maps, vocabs, temperatures, constants, weights, tokens, inside, N, KEYS)
     if EXTRAS:
@@ -115,7 +115,7 @@ def ranking_keys(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def row_select(
-    sources, strides, vocabs, maps, temperatures, policies, floors, weights, totals, length_bonus,
+    sources, strides, vocabs, maps, temperatures, floors, weights, totals, length_bonus,
     bias, bias_limit, allowed, allowed_words, marked, marked_words, row_offsets, bonus_tokens, bonus_values, has_bonus,
     statistics, splits, maxima, groups, vocab, boundary, end_id, left_out, normalize,
     candidate_totals, candidate_tokens, row_constants, flags,
@@ -147,7 +147,7 @@ def row_select(
         else:
             fused_row = fused_row | (weight != 0.0)
         largest, log_sum, unmapped = source_constants(
-            partials + s * 2 * splits, splits, temperatures[s], policies[s], floors[s], left, SPLITS
+            partials + s * 2 * splits, splits, temperatures[s], floors[s], left, SPLITS
         )
         place = row_constants + (row * N + s) * 3
         tl.store(place, largest)
@@ -156,7 +156,7 @@ def row_select(
         bad = bad | ((weight != 0.0) & (log_sum != log_sum))
         if KEYS == ONE_PASS:
             constant = tl.where(weight == 0.0, 0.0, weight * (largest * temperatures[s] + log_sum))
-            lacking = (weight != 0.0) & (vocabs[s] < vocab) & (policies[s] != FORBID)
+            lacking = (weight != 0.0) & (decoded(vocabs[s]) < vocab) & (floors[s] != IMPOSSIBLE)
             shift += tl.where(lacking, weight * unmapped + constant, 0.0)
             offset += constant
         rows = rows + (source,)  # noqa: RUF005
@@ -166,7 +166,7 @@ def row_select(
     tl.store(flags + row, bad)
 
     # selection by ranking keys; the end token and tokens with a bonus do not count in groups
-    view = (rows, maps, vocabs, temperatures, policies, constants, row_weights)
+    view = (rows, maps, vocabs, temperatures, floors, constants, row_weights)
     masks = (bias, bias_limit, allowed, allowed_words)
     group = best_groups(maxima + row * 2 * groups, groups, boundary, shift, GROUPS, P)
     tokens = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [P * GROUP])
@@ -201,7 +201,7 @@ def row_select(
         words, words_sum = merged_sum(partials, splits, temperatures[0] * LOG2_E, SPLITS)
         left_over = (words - constants[0][0]) * temperatures[0] + safe_log(words_sum) - constants[0][1]
         scores = left_over + (scores - fused_sum)
-        logits, known = load_logits(rows[0], None, vocabs[0], ends, has_end)
+        logits, known = load_logits(rows[0], None, decoded(vocabs[0]), ends, has_end)
         end_scores = log_prob(logits, known, constants[0][0], constants[0][1], IMPOSSIBLE, temperatures[0])
     if EXTRAS:
         scores = biased(scores, tokens, possible, row, masks)
@@ -228,7 +228,7 @@ def row_select(
     tl.store(candidate_tokens + row * P + lane, unpack_index(keys))
 
 
-@triton.jit(do_not_specialize=["vocabs", "vocab"])
+@triton.jit(do_not_specialize=["vocab"])
 def merge_rows(
     sources, strides, vocabs, maps, temperatures, row_constants, candidate_totals, candidate_tokens, vocab,
     totals, parent_rows, token_ids, parts,
@@ -258,7 +258,7 @@ def merge_rows(
     tl.store(parent_rows + out, tl.where(possible, row, -1), mask=wanted)
     tl.store(token_ids + out, tl.where(possible, tokens, -1).to(tl.int64), mask=wanted)
     for s in tl.static_range(N):
-        logits, known = load_logits(sources[s] + row * strides[s], maps[s], vocabs[s], tokens, possible)
+        logits, known = load_logits(sources[s] + row * strides[s], maps[s], decoded(vocabs[s]), tokens, possible)
         constants = row_constants + (row * N + s) * 3
         largest = tl.load(constants)
         log_sum = tl.load(constants + 1)

@@ -12,13 +12,13 @@ import triton.language as tl
 
 from shallowfusion.kernels.fused_step_device import (
     END_FACTORED,
-    FORBID,
     GROUP,
     IMPOSSIBLE,
     LOCAL,
     LOG2_E,
     MIXTURE,
     NORMALIZE_NONE,
+    decoded,
     exponent_sum,
     fuse,
     log_prob,
@@ -30,7 +30,7 @@ __all__ = ["fuse_increments", "fuse_logits", "mark_bonus", "source_statistics"]
 
 # sizes and ids that change between calls: a variant for each would recompile in the middle of a service
 RUN_TIME = (
-    *("vocabs", "policies", "floors", "vocab", "boundary", "end_id", "left_out"),
+    *("vocab", "boundary", "end_id", "left_out"),
     *("splits", "groups", "allowed_words", "marked_words"),
 )
 
@@ -107,7 +107,7 @@ def finish_tile(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def fuse_logits(
-    sources, strides, limits, vocabs, temperatures, policies, weights,
+    sources, strides, limits, vocabs, temperatures, floors, weights,
     bias, bias_limit, allowed, allowed_words, marked, marked_words,
     statistics, maxima, groups, vocab, boundary, end_id, left_out,
     N: tl.constexpr, NORMALIZE: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -116,8 +116,9 @@ def fuse_logits(
 
     Reads rows * sum_s vocab_s logits once and writes rows * (vocab / 32 + 2 * (N + 2) * splits) floats: bandwidth
     bound, 3.8 us for 40 rows of 51,866 + 50,257 float32 logits at 4.3 TB/s.
-    `limits` bound the loads (a multiple of 16 where padding may be read, so that they are 16 bytes wide), `vocabs` the
-    values. Tokens from `boundary` on have no counterpart in some source and lack one row constant, added by row_select.
+    `limits` bound the loads (a multiple of 16 where padding may be read, so that they are 16 bytes wide), `vocabs`,
+    encoded, the values. Tokens from `boundary` on have no counterpart in some source and lack one row constant, which
+    row_select adds.
     `left_out` is a token kept out of the acoustic statistics, -1 = none.
     """
     row = tl.program_id(1).to(tl.int64)
@@ -132,15 +133,16 @@ def fuse_logits(
     for s in tl.static_range(N):
         weight = tl.load(weights + row * N + s)
         logits = tiles[s]
-        if stop > vocabs[s]:
-            logits = keep(logits, tokens < vocabs[s])
+        known = decoded(vocabs[s])
+        if stop > known:
+            logits = keep(logits, tokens < known)
         if s == 0:  # noqa: SIM102
             if left_out >= start:
                 logits = keep(logits, tokens != left_out)
         largest, total = exponent_sum(logits, temperatures[s] * LOG2_E)
         store_partial(statistics, row * (N + 2) + s, largest, total)
-        if (stop > vocabs[s]) & (policies[s] != FORBID):
-            logits = tl.where(tokens < vocabs[s], logits, 0.0)
+        if (stop > known) & (floors[s] != IMPOSSIBLE):
+            logits = tl.where(tokens < known, logits, 0.0)
         keys = tl.fma(tl.where(weight == 0.0, 0.0, logits), weight * temperatures[s], keys)
     if start < groups * GROUP:
         finish_tile(
@@ -152,7 +154,7 @@ def fuse_logits(
         store_partial(statistics, row * (N + 2) + N + 1, IMPOSSIBLE, 0.0)
 
 
-@triton.jit(do_not_specialize=["vocabs", "left_out", "planes"])
+@triton.jit(do_not_specialize=["left_out", "planes"])
 def source_statistics(
     sources, strides, limits, vocabs, temperatures, statistics, planes, left_out,
     N: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
@@ -167,7 +169,7 @@ def source_statistics(
     tokens = tile_tokens(BLOCK)
     for s in tl.static_range(N):
         logits = tl.load(sources[s] + row * strides[s] + tokens, mask=tokens < limits[s], other=IMPOSSIBLE)
-        logits = keep(logits.to(tl.float32), tokens < vocabs[s])
+        logits = keep(logits.to(tl.float32), tokens < decoded(vocabs[s]))
         if s == 0:
             logits = keep(logits, tokens != left_out)
         largest, total = exponent_sum(logits, temperatures[s] * LOG2_E)
@@ -189,7 +191,7 @@ def source_statistics(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def fuse_increments(
-    sources, strides, limits, vocabs, maps, temperatures, policies, floors, weights,
+    sources, strides, limits, vocabs, maps, temperatures, floors, weights,
     bias, bias_limit, allowed, allowed_words, marked, marked_words,
     statistics, splits, maxima, groups, vocab, end_id, left_out,
     N: tl.constexpr, KEYS: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -209,10 +211,10 @@ def fuse_increments(
         if s == 0:
             left = tl.load(source + left_out, mask=left_out >= 0, other=IMPOSSIBLE).to(tl.float32)
         largest, log_sum, unmapped = source_constants(
-            statistics + (row * (N + 2) + s) * 2 * splits, splits, temperatures[s], policies[s], floors[s], left, SPLITS
+            statistics + (row * (N + 2) + s) * 2 * splits, splits, temperatures[s], floors[s], left, SPLITS
         )
         if maps[s] is None:
-            known = tokens < vocabs[s]
+            known = tokens < decoded(vocabs[s])
             logits = tl.load(source + tokens, mask=tokens < limits[s], other=IMPOSSIBLE)
         else:
             ids = tl.load(maps[s] + tokens, mask=tokens < vocab, other=-1)

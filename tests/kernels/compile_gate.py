@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from shallowfusion.kernels.fused_step import Launch, plan_fused_step, plan_row_statistics
-from shallowfusion.values import StepRequest
+from shallowfusion.values import StepRequest, Unmapped
 from tests.kernels.cases import extras, request
 
 VOCABS = (51866, 50257, 50257, 51866)
@@ -82,6 +82,10 @@ def named_requests() -> Iterator[tuple[str, StepRequest]]:
         yield str(dtype), full_size(dtype=dtype, normalize="end_factored")
     yield "unpadded", full_size(padded=False)
     yield "unpadded half", full_size(padded=False, dtype=torch.float16)
+    yield "same variants", request(
+        *(source(32, vocab, torch.float32, True) for vocab in (51865, 50304)),
+        **{"temperatures": (0.9, 1.1), "unmapped": (Unmapped("floor", -9.0),) * 2, "end_id": -1, "top_k": 10},
+    )
     yield "few rows", full_size(rows=10, beam_size=5)
     for top_k in (2, 32, 64):
         yield f"top {top_k}", full_size(top_k=top_k)

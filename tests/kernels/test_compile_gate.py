@@ -55,6 +55,11 @@ def test_every_kernel_is_there_in_every_kind_of_variant(report):
 
 
 @pytest.mark.slow
+def test_other_sizes_and_policies_need_no_new_variant(report):
+    assert "same variants" not in {entry["request"] for entry in report}
+
+
+@pytest.mark.slow
 def test_no_variant_spills_or_exceeds_its_registers(report):
     for entry in report:
         assert entry["stack"] == 0, entry
