@@ -141,6 +141,7 @@ class _Work:
         self.normalize = NORMALIZE[request.normalize]
         self.left_out = request.end_id if request.normalize == "end_factored" else -1
         self.extras = not (request.token_bias is None and request.allowed is None and request.bonus is None)
+        self.gained = self.extras or self.keys != codes.ONE_PASS.value
         self.splits = triton.cdiv(max(source.shape[1] for source in request.sources), block)
         self.groups = triton.cdiv(request.vocab_size, block) * (block // GROUP)
         self.per_row = max(2, _ceil(min(request.top_k, request.vocab_size)))
@@ -148,8 +149,8 @@ class _Work:
         rows, device = request.num_rows, request.totals.device
         self.statistics = torch.empty((rows, self.sources + 2, 2, self.splits), dtype=torch.float32, device=device)
         self.maxima = torch.empty((rows, 2, self.groups), dtype=torch.float32, device=device)
-        self.row_constants = torch.empty((rows, self.sources, 3), dtype=torch.float32, device=device)
-        self.candidate_totals = torch.empty((rows, self.per_row), dtype=torch.float32, device=device)
+        self.row_constants = torch.empty((rows, 3 * self.sources + 4), dtype=torch.float32, device=device)
+        self.gains = torch.empty((rows, self.per_row + 1), dtype=torch.float32, device=device)
         self.candidate_tokens = torch.empty((rows, self.per_row), dtype=torch.int32, device=device)
         # an absent array is never read: its bound is 0, and some tensor stands in for its pointer
         bias, allowed = request.token_bias, request.allowed
@@ -234,20 +235,19 @@ def _two_pass(request: StepRequest, work: _Work) -> list[Launch]:
 
 def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch:
     bonus = request.bonus
-    entries = (work.candidate_tokens, work.candidate_tokens, work.candidate_totals, 0)
+    entries = (work.candidate_tokens, work.candidate_tokens, work.gains, 0)
     if bonus is not None:
         entries = (bonus.row_offsets, bonus.token_ids, bonus.values, 1)
     arguments = (
         request.sources, work.strides, work.vocabs, request.maps, work.temperatures, work.floors,
         request.weights, request.totals, request.length_bonus, *work.bias, *work.allowed, *work.marked, *entries,
         work.statistics, work.splits, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id,
-        work.left_out, work.normalize,
-        work.candidate_totals, work.candidate_tokens, work.row_constants, candidates.flags,
+        work.left_out, work.normalize, work.candidate_tokens, work.gains, work.row_constants, candidates.flags,
     )  # fmt: skip
     constants = _constants(
         N=work.sources,
         KEYS=work.keys,
-        EXTRAS=work.extras or work.keys != codes.ONE_PASS.value,
+        EXTRAS=work.gained,
         SPLITS=_merge_width(work.splits),
         GROUPS=max(_ceil(work.groups), work.per_row),
         P=work.per_row,
@@ -258,18 +258,21 @@ def _select(request: StepRequest, work: _Work, candidates: Candidates) -> Launch
 
 def _merge(request: StepRequest, work: _Work, candidates: Candidates) -> Launch:
     arguments = (
-        request.sources, work.strides, work.vocabs, request.maps, work.temperatures, work.row_constants,
-        work.candidate_totals, work.candidate_tokens, request.vocab_size,
+        request.sources, work.strides, work.vocabs, request.maps, work.temperatures, request.weights,
+        work.candidate_tokens, work.gains, work.row_constants, request.vocab_size, request.end_id,
         candidates.totals, candidates.parent_rows, candidates.token_ids, candidates.parts,
     )  # fmt: skip
     width = max(2, _ceil(request.top_k))
+    lanes = max(width, _ceil(request.beam_size * (work.per_row + 1)))
     constants = _constants(
-        1 if request.beam_size * work.per_row <= 64 else 4,
+        1 if lanes <= 128 else 4,
         N=work.sources,
+        KEYS=work.keys,
+        EXTRAS=work.gained,
         BEAM=request.beam_size,
         P=work.per_row,
         TOP_K=request.top_k,
-        LANES=max(width, _ceil(request.beam_size * work.per_row)),
+        LANES=lanes,
         WIDTH=width,
     )
     return Launch(merge_rows, (request.num_rows // request.beam_size,), arguments, constants)

@@ -24,6 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 IMPOSSIBLE = tl.constexpr(float("-inf"))
 UNBOUNDED = tl.constexpr(float("inf"))
 LOW_BITS = tl.constexpr(0x7FFFFFFF)
+NOTHING = tl.constexpr(-(2**63 - 1))  # less than any packed key
 
 NORMALIZE_NONE = tl.constexpr(0)
 LOCAL = tl.constexpr(1)

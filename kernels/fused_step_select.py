@@ -12,9 +12,12 @@ from shallowfusion.kernels.fused_step_device import (
     LOCAL,
     LOG2_E,
     LOW_BITS,
+    MIXTURE,
+    NOTHING,
     ONE_PASS,
     allowed_bit,
     decoded,
+    fuse,
     fused_increment,
     load_logits,
     log_add,
@@ -91,6 +94,27 @@ def bonus_of(tokens, entry, end, token_ids, values, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def insert(best, fresh):
+    """`best` with its smallest packed keys replaced by the largest of `fresh`, as long as those are larger."""
+    worst = tl.min(best, axis=0)
+    top = tl.max(fresh, axis=0)
+    while top > worst:
+        best = tl.where(best == worst, top, best)
+        fresh = tl.where(fresh == top, NOTHING, fresh)
+        worst = tl.min(best, axis=0)
+        top = tl.max(fresh, axis=0)
+    return best
+
+
+@triton.jit
+def token_log_probs(source, mapping, odd_vocab, temperature, constants, tokens, inside):
+    """Log-probs of one source, each token in its own row: `source` and `constants` point at those rows."""
+    logits, known = load_logits(source, mapping, decoded(odd_vocab), tokens, inside)
+    largest, log_sum, unmapped = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
+    return log_prob(logits, known, largest, log_sum, unmapped, temperature)
+
+
+@triton.jit
 def fused_log_sum(statistics, splits, shift, SPLITS: tl.constexpr):
     """Log-sum-exp of the fused scores of a row, the end token apart; `statistics` points at its two planes."""
     low, low_sum = merged_sum(statistics, splits, LOG2_E, SPLITS)
@@ -118,15 +142,17 @@ def row_select(
     sources, strides, vocabs, maps, temperatures, floors, weights, totals, length_bonus,
     bias, bias_limit, allowed, allowed_words, marked, marked_words, row_offsets, bonus_tokens, bonus_values, has_bonus,
     statistics, splits, maxima, groups, vocab, boundary, end_id, left_out, normalize,
-    candidate_totals, candidate_tokens, row_constants, flags,
+    candidate_tokens, gains, row_constants, flags,
     N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
     SPLITS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """The P best continuations of a row, exactly, with their totals; any order among them.
+    """The P best continuations of a row but its end, exactly, in any order, and what merge_rows needs besides.
 
-    Selection is by ranking keys and group maxima; totals are then computed anew from true log-probs. Reads per row
-    vocab / 32 maxima, the partial statistics and 32 P logits of each source (all just written or read, so in L2); bound
-    by the latency of its dependent loads, not by bytes.
+    Selection is by ranking keys and group maxima. Reads per row vocab / 32 maxima, the partial statistics and 32 P
+    logits of each source (all just written or read, so in L2); bound by the latency of dependent loads, not by bytes.
+    `row_constants` [rows, 3 N + 4]: largest logit, log of the exp sum and unmapped log-prob of each source; what to add
+    to the increments of words and of the end; the total or -inf; 1 where the end keeps its acoustic log-prob.
+    `gains` [rows, P + 1]: bias and bonus of each candidate and of the end token (with EXTRAS).
     """
     row = tl.program_id(0).to(tl.int64)
     total = tl.load(totals + row)
@@ -149,7 +175,7 @@ def row_select(
         largest, log_sum, unmapped = source_constants(
             partials + s * 2 * splits, splits, temperatures[s], floors[s], left, SPLITS
         )
-        place = row_constants + (row * N + s) * 3
+        place = row_constants + row * (3 * N + 4) + 3 * s
         tl.store(place, largest)
         tl.store(place + 1, log_sum)
         tl.store(place + 2, unmapped)
@@ -185,67 +211,82 @@ def row_select(
             counted = (ids >= 0) & (ids != end_id)
             bonus_keys = ranking_keys(ids, counted, row, view, masks, boundary, shift, N, KEYS, EXTRAS)
             bonus_keys += tl.load(bonus_values + entries, mask=entries < last, other=0.0)
-            if tl.max(bonus_keys, axis=0) >= tl.min(unpack_value(best), axis=0):
-                best = tl.topk(tl.reshape(tl.join(best, tl.topk(pack(bonus_keys, ids), P)), [2 * P]), P)
+            best = insert(best, pack(bonus_keys, ids))
             entry += ENTRIES
 
-    # totals of the chosen and of the end token
     possible = unpack_value(best) > IMPOSSIBLE
-    tokens = tl.where(possible, unpack_index(best), 0)
-    ends = end_id + tl.arange(0, 1)
-    has_end = ends >= 0
-    scores = fused_increment(rows, maps, vocabs, temperatures, constants, row_weights, tokens, possible, N, KEYS)
-    end_scores = fused_increment(rows, maps, vocabs, temperatures, constants, row_weights, ends, has_end, N, KEYS)
-    if normalize == END_FACTORED and fused_row:
-        fused_sum = fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset
-        words, words_sum = merged_sum(partials, splits, temperatures[0] * LOG2_E, SPLITS)
-        left_over = (words - constants[0][0]) * temperatures[0] + safe_log(words_sum) - constants[0][1]
-        scores = left_over + (scores - fused_sum)
-        logits, known = load_logits(rows[0], None, decoded(vocabs[0]), ends, has_end)
-        end_scores = log_prob(logits, known, constants[0][0], constants[0][1], IMPOSSIBLE, temperatures[0])
-    if EXTRAS:
-        scores = biased(scores, tokens, possible, row, masks)
-        end_scores = biased(end_scores, ends, has_end, row, masks)
-    if normalize == LOCAL:
-        fused_sum = fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset
-        fused_sum = log_add(fused_sum, tl.max(end_scores, axis=0))
-        scores -= fused_sum
-        end_scores -= fused_sum
-    if EXTRAS:
-        scores += bonus_of(tokens, first, last, bonus_tokens, bonus_values, ENTRIES)
-        end_scores += bonus_of(ends, first, last, bonus_tokens, bonus_values, ENTRIES)
-    alive = (bad == 0) & (total > IMPOSSIBLE)
-    scores = tl.where(possible & alive, sanitized(total + (scores + tl.load(length_bonus + row))), IMPOSSIBLE)
-    end_scores = tl.where(has_end & alive, sanitized(total + end_scores), IMPOSSIBLE)
-
-    # the end token takes the place of the worst of the P where it is better
+    tokens = tl.where(possible, unpack_index(best), -1)
     lane = tl.arange(0, P)
-    keys = pack(scores, tl.where(possible, tokens, lane + (LOW_BITS - P)))
-    worst = tl.min(keys, axis=0)
-    end_key = tl.max(pack(end_scores, tl.where(has_end, ends, LOW_BITS)), axis=0)
-    keys = tl.where((keys == worst) & (end_key > worst), end_key, keys)
-    tl.store(candidate_totals + row * P + lane, unpack_value(keys))
-    tl.store(candidate_tokens + row * P + lane, unpack_index(keys))
+    tl.store(candidate_tokens + row * P + lane, tokens)
+    ends = end_id + tl.arange(0, 1)
+    end_gain = tl.zeros([1], tl.float32)
+    if EXTRAS:
+        gain = biased(tl.zeros([P], tl.float32), tokens, possible, row, masks)
+        bonus = bonus_of(tokens, first, last, bonus_tokens, bonus_values, ENTRIES)
+        tl.store(gains + row * (P + 1) + lane, gain + bonus)
+        end_gain = biased(end_gain, ends, ends >= 0, row, masks)
+        bonus = bonus_of(ends, first, last, bonus_tokens, bonus_values, ENTRIES)
+        tl.store(gains + row * (P + 1) + P + tl.arange(0, 1), end_gain + bonus)
+
+    # what the normaliser adds
+    words = tl.zeros([], tl.float32)
+    end = tl.zeros([], tl.float32)
+    if normalize == END_FACTORED and fused_row:
+        rest, rest_sum = merged_sum(partials, splits, temperatures[0] * LOG2_E, SPLITS)
+        left_over = (rest - constants[0][0]) * temperatures[0] + safe_log(rest_sum) - constants[0][1]
+        words = left_over - (fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset)
+    if normalize == LOCAL:
+        scores = fused_increment(rows, maps, vocabs, temperatures, constants, row_weights, ends, ends >= 0, N, KEYS)
+        end_score = tl.max(scores + end_gain, axis=0)
+        end = -log_add(fused_log_sum(partials + 2 * N * splits, splits, shift, SPLITS) - offset, end_score)
+        words = end
+    place = row_constants + row * (3 * N + 4) + 3 * N
+    tl.store(place, words + tl.load(length_bonus + row))
+    tl.store(place + 1, end)
+    tl.store(place + 2, tl.where(bad, IMPOSSIBLE, total))
+    tl.store(place + 3, tl.where((normalize == END_FACTORED) & fused_row, 1.0, 0.0))
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab", "end_id"])
 def merge_rows(
-    sources, strides, vocabs, maps, temperatures, row_constants, candidate_totals, candidate_tokens, vocab,
+    sources, strides, vocabs, maps, temperatures, weights, candidate_tokens, gains, row_constants, vocab, end_id,
     totals, parent_rows, token_ids, parts,
-    N: tl.constexpr, BEAM: tl.constexpr, P: tl.constexpr, TOP_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    N: tl.constexpr, KEYS: tl.constexpr, EXTRAS: tl.constexpr,
+    BEAM: tl.constexpr, P: tl.constexpr, TOP_K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K best of the BEAM * P candidates of an utterance, ties to the lowest (row, token), with their parts.
+    """Totals of the BEAM * P candidates and BEAM ends of an utterance, and the TOP_K best with their parts.
 
-    Reads 8 bytes per candidate and TOP_K logits per source; bound by launch and load latency.
+    Totals come from true log-probs, computed anew; ties go to the lowest (row, token). Reads one logit per candidate
+    and source; bound by launch and load latency.
     """
     utterance = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
-    place = utterance * BEAM * P + lane
-    scores = tl.load(candidate_totals + place, mask=lane < BEAM * P, other=IMPOSSIBLE)
-    tokens = tl.load(candidate_tokens + place, mask=lane < BEAM * P, other=0)
-    possible = scores > IMPOSSIBLE
-    order = tl.where(possible, (lane // P) * vocab + tokens, LOW_BITS)
-    best = tl.topk(pack(scores, order), WIDTH)
+    ends = lane >= BEAM * P
+    beam = tl.where(ends, lane - BEAM * P, lane // P)
+    row = utterance * BEAM + tl.where(beam < BEAM, beam, 0)
+    tokens = tl.load(candidate_tokens + utterance * BEAM * P + lane, mask=ends == 0, other=-1)
+    tokens = tl.where(ends & (beam < BEAM), end_id, tokens)
+    possible = tokens >= 0
+    constants = row_constants + row * (3 * N + 4)
+    scores = tl.full([LANES], IMPOSSIBLE if KEYS == MIXTURE else 0.0, tl.float32)
+    acoustic = scores
+    for s in tl.static_range(N):
+        part = token_log_probs(
+            sources[s] + row * strides[s], maps[s], vocabs[s], temperatures[s], constants + 3 * s, tokens, possible
+        )
+        if s == 0:
+            acoustic = part
+        scores = fuse(scores, part, tl.load(weights + row * N + s), KEYS)
+    keeps_acoustic = ends & (tl.load(constants + 3 * N + 3) > 0.0)
+    scores = tl.where(keeps_acoustic, acoustic, sanitized(scores))
+    if EXTRAS:
+        scores += tl.load(gains + row * (P + 1) + tl.where(ends, P, lane % P), mask=possible, other=0.0)
+    scores += tl.load(constants + 3 * N + tl.where(ends, 1, 0))
+    scores = sanitized(tl.load(constants + 3 * N + 2) + scores)
+    possible = possible & (scores > IMPOSSIBLE)
+    order = tl.where(possible, beam * vocab + tokens, LOW_BITS)
+    best = tl.topk(pack(tl.where(possible, scores, IMPOSSIBLE), order), WIDTH)
+
     scores = unpack_value(best)
     possible = scores > IMPOSSIBLE
     order = tl.where(possible, unpack_index(best), 0)
@@ -257,12 +298,11 @@ def merge_rows(
     tl.store(totals + out, scores, mask=wanted)
     tl.store(parent_rows + out, tl.where(possible, row, -1), mask=wanted)
     tl.store(token_ids + out, tl.where(possible, tokens, -1).to(tl.int64), mask=wanted)
+    constants = row_constants + row * (3 * N + 4)
     for s in tl.static_range(N):
-        logits, known = load_logits(sources[s] + row * strides[s], maps[s], decoded(vocabs[s]), tokens, possible)
-        constants = row_constants + (row * N + s) * 3
-        largest = tl.load(constants)
-        log_sum = tl.load(constants + 1)
-        part = log_prob(logits, known, largest, log_sum, tl.load(constants + 2), temperatures[s])
+        part = token_log_probs(
+            sources[s] + row * strides[s], maps[s], vocabs[s], temperatures[s], constants + 3 * s, tokens, possible
+        )
         tl.store(parts + out * N + s, tl.where(possible, part, 0.0), mask=wanted)
 
 

@@ -1,10 +1,12 @@
 """Compiles every kind of variant that the launcher of the fused step can choose, to machine code, without a GPU.
 
-    python -m tests.kernels.compile_gate report.json 90 80
+    python -m tests.kernels.compile_gate report.json 90
+    python -m tests.kernels.compile_gate report.json 80 brief
 
 Requests are planned by the launcher itself and each launch is compiled as the just-in-time compiler would on that
 device, so a variant cannot be forgotten here and reached there. The options of a request are crossed for two float32
-sources; number of sources, dtype, padding, rows and top_k are swept around that. Run it without TRITON_INTERPRET.
+sources; number of sources, dtype, padding, rows and top_k are swept around that. `brief` keeps a few requests that
+reach every kernel. Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from shallowfusion.kernels.fused_step import Launch, plan_fused_step, plan_row_s
 from shallowfusion.values import StepRequest, Unmapped
 from tests.kernels.cases import extras, request
 
+BRIEF = ("log_linear none", "log_linear end_factored extras", "mixture local mapped extras", "unpadded")
 VOCABS = (51866, 50257, 50257, 51866)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -77,22 +80,26 @@ def named_requests() -> Iterator[tuple[str, StepRequest]]:
     )
     for count in (1, 3, 4):
         yield f"{count} sources", full_size(count=count, normalize="end_factored")
-        yield f"{count} sources, mixture", full_size(count=count, combine="mixture")
+    yield "4 sources, mixture", full_size(count=4, combine="mixture")
     for dtype in (torch.float16, torch.bfloat16):
         yield str(dtype), full_size(dtype=dtype, normalize="end_factored")
     yield "unpadded", full_size(padded=False)
-    yield "unpadded half", full_size(padded=False, dtype=torch.float16)
-    yield "same variants", request(
-        *(source(32, vocab, torch.float32, True) for vocab in (51865, 50304)),
-        **{"temperatures": (0.9, 1.1), "unmapped": (Unmapped("floor", -9.0),) * 2, "end_id": -1, "top_k": 10},
+    yield (
+        "same variants",
+        request(
+            *(source(32, vocab, torch.float32, True) for vocab in (51865, 50304)),
+            **{"temperatures": (0.9, 1.1), "unmapped": (Unmapped("floor", -9.0),) * 2, "end_id": -1, "top_k": 10},
+        ),
     )
     yield "few rows", full_size(rows=10, beam_size=5)
     for top_k in (2, 32, 64):
         yield f"top {top_k}", full_size(top_k=top_k)
 
 
-def launches() -> Iterator[tuple[str, Launch]]:
+def launches(brief: bool) -> Iterator[tuple[str, Launch]]:
     for name, asked in named_requests():
+        if brief and name not in BRIEF:
+            continue
         for launch in plan_fused_step(asked)[0]:
             yield name, launch
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -114,11 +121,11 @@ def inspect(cubin: bytes) -> dict[str, int]:
     return {**numbers, "instructions": instructions, "wide_loads": code.count("LDG.E.128")}
 
 
-def compile_all(capability: int) -> list[dict[str, Any]]:
+def compile_all(capability: int, brief: bool) -> list[dict[str, Any]]:
     driver.set_active(CompileOnly(capability))
     seen: set[str] = set()
     report = []
-    for name, launch in launches():
+    for name, launch in launches(brief):
         began = time.perf_counter()
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
         if compiled.hash in seen:
@@ -135,5 +142,5 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    everything = [entry for capability in sys.argv[2:] for entry in compile_all(int(capability))]
-    Path(sys.argv[1]).write_text(json.dumps(everything, indent=1))
+    entries = compile_all(int(sys.argv[2]), brief=sys.argv[3:] == ["brief"])
+    Path(sys.argv[1]).write_text(json.dumps(entries, indent=1))
