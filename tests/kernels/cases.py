@@ -89,8 +89,11 @@ def to_device(given: Any, device: torch.device) -> Any:
 
 
 def assert_same(found: Candidates, asked: StepRequest, *, same_order: bool = True) -> None:
-    """`found` against the reference on the CPU: scores and parts within budget, and the same order unless tied."""
-    found, asked = to_device(found, torch.device("cpu")), to_device(asked, torch.device("cpu"))
+    """`found` against the reference on the device of `asked`: flags, scores and parts, and the same candidates.
+
+    Without `same_order`, candidates may differ where the reference's own totals are closer than the error budget.
+    """
+    found = to_device(found, asked.totals.device)
     expected = fused_step_reference(asked)
     assert torch.equal(found.flags, expected.flags)
     impossible = expected.totals == IMPOSSIBLE
@@ -98,10 +101,12 @@ def assert_same(found: Candidates, asked: StepRequest, *, same_order: bool = Tru
     assert (found.token_ids[impossible] == -1).all()
     assert (found.parent_rows[impossible] == -1).all()
     assert (found.parts[impossible] == 0).all()
-    error = (found.totals.double() - expected.totals.double())[~impossible].abs()
-    budget = 1e-5 + 4 * FLOAT32_STEP * expected.totals.double()[~impossible].abs()
-    assert (error <= budget).all(), f"error {error.max()}"
-    if same_order:
-        assert torch.equal(found.parent_rows, expected.parent_rows)
-        assert torch.equal(found.token_ids, expected.token_ids)
-        torch.testing.assert_close(found.parts, expected.parts, rtol=1e-6, atol=2e-5, equal_nan=True)
+    budget = 1e-5 + 4 * FLOAT32_STEP * expected.totals.double().abs()
+    error = (found.totals.double() - expected.totals.double()).abs()
+    assert (impossible | (error <= budget)).all(), f"error {error[~impossible].max()}"
+    same = (found.parent_rows == expected.parent_rows) & (found.token_ids == expected.token_ids)
+    tied = torch.nn.functional.pad(expected.totals.double().diff(dim=1).abs() <= 2 * budget[:, 1:], (1, 1))
+    tied[:, -1] = True  # what follows the last candidate is not known here
+    assert (same if same_order else same | tied[:, 1:] | tied[:, :-1]).all()
+    ours, exact = (found.parts[same], expected.parts[same])
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=2e-5, equal_nan=True)
