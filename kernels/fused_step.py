@@ -23,7 +23,14 @@ from shallowfusion.kernels.fused_step_select import finish_row_statistics, merge
 from shallowfusion.kernels.fused_step_stream import fuse_increments, fuse_logits, mark_bonus, source_statistics
 from shallowfusion.values import Candidates, RowStatistics, StepRequest, Unmapped
 
-__all__ = ["Launch", "fused_step_triton", "plan_fused_step", "plan_row_statistics", "row_statistics_triton"]
+__all__ = [
+    "Launch",
+    "fused_step_triton",
+    "load_limit",
+    "plan_fused_step",
+    "plan_row_statistics",
+    "row_statistics_triton",
+]
 
 MAX_SOURCES = 4
 MAX_TOP_K = 64
