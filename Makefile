@@ -34,7 +34,8 @@ test: lint types  ## format, lint, types, import directions and all tests
 	$(MAKE) oldest
 
 oldest: env
-	test -d $(OLDEST)/transformers || $(PYTHON) -m pip install --quiet --no-deps --target $(OLDEST) transformers==5.17.0
+	test -d $(OLDEST)/transformers || $(PYTHON) -m pip install --quiet --no-deps --target $(OLDEST) \
+		transformers==5.17.0 "huggingface-hub<2" httpx httpcore
 	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest tests/scorers tests/search/test_generate_parity.py tests/search/test_loop.py
 
 check: test
