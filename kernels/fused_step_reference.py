@@ -50,10 +50,7 @@ def row_statistics_reference(source: Tensor, temperature: float = 1.0) -> RowSta
     log_probs = _log_softmax(logits)
     entropy = -torch.where(log_probs == IMPOSSIBLE, 0.0, log_probs.exp() * log_probs).sum(dim=1)
     best = log_probs.topk(min(2, source.shape[1]), dim=1).values
-    if source.shape[1] == 1:
-        margin = torch.full_like(log_sum_exp, float("inf"))
-    else:
-        margin = best[:, 0] - best[:, 1]
+    margin = torch.full_like(log_sum_exp, float("inf")) if source.shape[1] == 1 else best[:, 0] - best[:, 1]
     impossible = log_sum_exp == IMPOSSIBLE
     broken = torch.isnan(logits).any(dim=1) | (logits == float("inf")).any(dim=1)
     values = {
