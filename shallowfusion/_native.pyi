@@ -1,23 +1,90 @@
+"""Types of the C++ extension; only the faces of native classes import it."""
+
 from collections.abc import Sequence
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+import numpy.typing as npt
+
+# Beam state ---------------------------------------------------------------------------------------------------------
+
+class BeamState:
+    def __init__(
+        self,
+        *,
+        beam_size: int,
+        end_ids: Sequence[int],
+        max_new_tokens: int,
+        stop_rule: str,
+        length_penalty: float | None,
+        early_stopping: str,
+        patience: float,
+        recombination: str,
+        num_utterances: int,
+        num_parts: int,
+    ) -> None: ...
+    @property
+    def num_nodes(self) -> int: ...
+    def advance(
+        self,
+        *,
+        utterances: npt.NDArray[np.int64],
+        totals: npt.NDArray[np.float32],
+        parents: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        parts: npt.NDArray[np.float32],
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.bool_]]: ...
+    def results(self, *, utterance: int, n_best: int) -> list[dict[str, Any]]: ...
+    def force_finish(self, *, utterance: int) -> None: ...
+    def release(self, *, utterance: int) -> None: ...
+    def is_done(self, *, utterance: int) -> bool: ...
+    def num_live(self, *, utterance: int) -> int: ...
+    def num_finished(self, *, utterance: int) -> int: ...
+
+# Page pool ----------------------------------------------------------------------------------------------------------
+
+class PagePool:
+    def __init__(self, *, num_pages: int, page_size: int) -> None: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    @property
+    def num_used(self) -> int: ...
+    @property
+    def high_water(self) -> int: ...
+    @property
+    def num_sequences(self) -> int: ...
+    def create(self) -> int: ...
+    def fork(self, *, sequence: int) -> int: ...
+    def release(self, *, sequence: int) -> None: ...
+    def append(self, *, sequence: int, count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]: ...
+    def append_each(self, *, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]: ...
+    def reorder(self, *, sequences: npt.NDArray[np.int64], parents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+    def visibility(self, *, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]: ...
+    def length(self, *, sequence: int) -> int: ...
+    def slots(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
+    def pages(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
+
+# Fused step ---------------------------------------------------------------------------------------------------------
 
 # (address, dtype code, vocabulary, row stride, temperature, map or None, policy code, floor)
-Source = tuple[int, int, int, int, float, NDArray[Any] | None, int, float]
+Source = tuple[int, int, int, int, float, npt.NDArray[Any] | None, int, float]
 
 def fused_step(
     *,
     sources: Sequence[Source],
-    weights: NDArray[Any],
-    totals: NDArray[Any],
+    weights: npt.NDArray[Any],
+    totals: npt.NDArray[Any],
     beam_size: int,
     top_k: int,
     end_id: int,
-    token_bias: NDArray[Any] | None,
-    allowed: NDArray[Any] | None,
-    bonus: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None,
-    length_bonus: NDArray[Any],
+    token_bias: npt.NDArray[Any] | None,
+    allowed: npt.NDArray[Any] | None,
+    bonus: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]] | None,
+    length_bonus: npt.NDArray[Any],
     combine: str,
     normalize: str,
     level: str | None,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from shallowfusion.errors import InvalidArgumentError
 
-__all__ = ["BeamSettings"]
+__all__ = ["BeamSettings", "require"]
 
 StopRule = Literal["hf", "whisper", "espnet"]
 EarlyStopping = Literal["heuristic", "first", "never"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Candidates", "RowStatistics", "SparseBonus", "StepRequest", "Unmapped"]
+__all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "StepRequest", "Token", "Unmapped"]
 
 Combine = Literal["log_linear", "mixture"]
 Normalize = Literal["none", "local", "end_factored"]
@@ -118,6 +119,51 @@ class RowStatistics:
     entropy: Tensor
     max_log_prob: Tensor
     margin: Tensor
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a hypothesis.
+
+    Args:
+        id: in the acoustic vocabulary.
+        text: what it adds to the text; "" for the end token.
+        total: its increment of the hypothesis's total, nats.
+        parts: each source's own log-prob of it, unweighted, by source name ("asr", "lm", ...).
+    """
+
+    id: int
+    text: str
+    total: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One transcript of an utterance.
+
+    Args:
+        text: stripped of the leading space.
+        token_ids: text tokens, without prefix and end token.
+        tokens: the same with scores, the end token last if the hypothesis has one.
+        total: sum of the token totals, nats.
+        score: what hypotheses are ranked by: the total after the length rule.
+        parts: sum over tokens of each source's log-prob, unweighted, by source name.
+        flags: "forced_finish" (stopped without an end token), "truncation" (ended although the acoustic model gave
+            the end little chance), "repetition" (the text repeats itself), "nan" (a model returned NaN).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    total: float
+    score: float
+    parts: Mapping[str, float]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return "forced_finish" not in self.flags
 
 
 def no_candidates(utterances: int, top_k: int, sources: int, rows: int, device: torch.device) -> Candidates:

@@ -1,0 +1,5 @@
+"""Reading recordings."""
+
+from shallowfusion.audio.reading import read_audio
+
+__all__ = ["read_audio"]

@@ -32,7 +32,7 @@ def fused_step_cpu(request: StepRequest, *, level: str | None = None, threads: i
 
     Args:
         level: SIMD level, one of `available_levels()`; None = the fastest.
-        threads: None = one per row, up to the machine's.
+        threads: None = as many as torch uses (torch.get_num_threads()).
 
     Raises:
         InvalidArgumentError: a tensor is not on the CPU, not contiguous, or of a wrong shape, dtype or value.
@@ -67,7 +67,7 @@ def fused_step_cpu(request: StepRequest, *, level: str | None = None, threads: i
             combine=request.combine,
             normalize=request.normalize,
             level=level,
-            threads=threads,
+            threads=torch.get_num_threads() if threads is None else threads,
         )
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(str(error)) from error
@@ -94,7 +94,10 @@ def row_statistics_cpu(
     """
     try:
         found = _native.row_statistics(
-            source=_source(source, temperature, None, ANY_POLICY), rows=source.shape[0], level=level, threads=threads
+            source=_source(source, temperature, None, ANY_POLICY),
+            rows=source.shape[0],
+            level=level,
+            threads=torch.get_num_threads() if threads is None else threads,
         )
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(str(error)) from error

@@ -1,0 +1,46 @@
+.DEFAULT_GOAL := help
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BASE_PYTHON ?= python3
+OLDEST := $(VENV)/transformers-5.17
+
+.PHONY: help env demo test bench lint types check oldest clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+env: $(STAMP)  ## create .venv with torch 2.13.0, build the C++ core, install the project there
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h)
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet torch==2.13.0 numpy "triton>=3.7" setuptools wheel pybind11
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[dev,eval]"
+	touch $(STAMP)
+
+demo: env  ## transcribe the shipped clips alone and fused, with word error rates
+	$(VENV)/bin/shallowfusion demo
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: env
+	$(VENV)/bin/mypy
+
+test: lint types  ## format, lint, types, import directions and all tests
+	$(PYTHON) -m pytest
+	$(MAKE) oldest
+
+oldest: env
+	test -d $(OLDEST)/transformers || $(PYTHON) -m pip install --quiet --no-deps --target $(OLDEST) transformers==5.17.0
+	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest tests/scorers tests/search/test_generate_parity.py tests/search/test_loop.py
+
+check: test
+
+bench: env  ## measure on this machine and append to bench/results
+	$(PYTHON) -m bench.run --device cpu
+
+clean:
+	rm -rf build dist *.egg-info shallowfusion/_native*.so

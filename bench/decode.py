@@ -1,0 +1,237 @@
+"""Whole decodes at whisper-small and gpt2 shapes, random weights, against transformers' generate."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.timing import Measurement, measurements, take_turns
+
+__all__ = ["SHAPES", "Pair", "generate", "make_pair", "ours", "run"]
+
+WEIGHT = 0.3
+TEXT_TOKENS, END, START, NO_TIMESTAMPS = 50_256, 50_256, 50_257, 50_362
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an acoustic and a language model."""
+
+    width: int
+    layers: int
+    heads: int
+    lm_width: int
+    lm_layers: int
+    lm_heads: int
+    frames: int = 1500
+
+
+SHAPES = {
+    "whisper-small.en+gpt2": Shape(768, 12, 12, 768, 12, 12),
+    "whisper-base.en+gpt2": Shape(512, 6, 8, 768, 12, 12),
+    "tiny": Shape(64, 2, 4, 64, 2, 4, frames=100),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Our decoder with and without the LM, over models that generate shares."""
+
+    fused: object
+    alone: object
+    whisper: torch.nn.Module
+    lm: torch.nn.Module
+
+
+def make_pair(shape: Shape) -> Pair:
+    """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached."""
+    from transformers import GPT2Config, GPT2LMHeadModel, WhisperConfig, WhisperForConditionalGeneration
+
+    from shallowfusion.decoder import FusionDecoder
+    from shallowfusion.features.log_mel import FeatureSettings
+    from shallowfusion.scorers.causal_lm import CausalLMScorer
+    from shallowfusion.scorers.loading import AcousticModel, whisper_tokens
+    from shallowfusion.scorers.whisper import WhisperScorer
+    from shallowfusion.text.vocabulary import Vocabulary
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=51_864, d_model=shape.width, encoder_layers=1, decoder_layers=shape.layers,
+        encoder_attention_heads=shape.heads, decoder_attention_heads=shape.heads, encoder_ffn_dim=4 * shape.width,
+        decoder_ffn_dim=4 * shape.width, max_source_positions=shape.frames, pad_token_id=END, bos_token_id=END,
+        eos_token_id=END, decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    whisper = WhisperForConditionalGeneration(config).eval()
+    whisper.generation_config.no_timestamps_token_id = NO_TIMESTAMPS
+    lm_config = GPT2Config(n_embd=shape.lm_width, n_layer=shape.lm_layers, n_head=shape.lm_heads)
+    lm = GPT2LMHeadModel(lm_config).eval()
+    for norm in (whisper.model.decoder.layer_norm, lm.transformer.ln_f):
+        torch.nn.init.constant_(norm.weight, 6.0)
+    pieces = [str(i).encode() for i in range(TEXT_TOKENS)]
+    acoustic = AcousticModel(
+        "whisper",
+        WhisperScorer(whisper, Vocabulary((*pieces, *[None] * (51_864 - TEXT_TOKENS)), END, name="whisper")),
+        NumberTokenizer(),
+        FeatureSettings(),
+        whisper_tokens(whisper),
+    )
+    scorer = CausalLMScorer(lm, Vocabulary((*pieces, None), END, END, "gpt2"))
+    return Pair(FusionDecoder(acoustic, [scorer]), FusionDecoder(acoustic), whisper, lm)
+
+
+class NumberTokenizer:
+    """Tokens are written as their numbers."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+def ours(pair: Pair, states: Tensor, beam_size: int, tokens: int, with_lm: bool) -> list[tuple[int, ...]]:
+    decoder = pair.fused if with_lm else pair.alone
+    results = decoder.decode(  # type: ignore[attr-defined]
+        states, beam_size=beam_size, min_new_tokens=tokens, max_new_tokens=tokens, lm_weight=WEIGHT if with_lm else 0.0,
+        end_policy="asr_only", end_threshold=None, suppress_blank=False, suppress_tokens=None,
+    )  # fmt: skip
+    return [result.n_best[0].token_ids for result in results]
+
+
+def generate(pair: Pair, states: Tensor, beam_size: int, tokens: int, lm: str) -> list[tuple[int, ...]]:
+    """transformers' generate: `lm` is "none", "uncached" (the article's processor) or "cached"."""
+    from transformers import LogitsProcessorList
+    from transformers.generation.utils import GenerationMixin
+    from transformers.modeling_outputs import BaseModelOutput
+
+    processors = {"none": [], "uncached": [UncachedLM(pair.lm)], "cached": [CachedLM(pair.lm)]}[lm]
+    prompt = torch.tensor([[START, NO_TIMESTAMPS]] * len(states), device=states.device)
+    found = GenerationMixin.generate(
+        pair.whisper,
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        decoder_input_ids=prompt,
+        attention_mask=torch.ones(states.shape[:2], dtype=torch.int64, device=states.device),
+        num_beams=beam_size,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList(processors),
+    )
+    return [tuple(row[2 : 2 + tokens]) for row in found.tolist()]
+
+
+class UncachedLM:
+    """The article's processor: the LM reads every hypothesis from its beginning at each step."""
+
+    def __init__(self, lm: torch.nn.Module) -> None:
+        self.lm = lm
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        begin = torch.full((len(input_ids), 1), END, device=input_ids.device)
+        text = torch.cat([begin, input_ids[:, 2:].clamp(max=END)], dim=1)
+        logits = self.lm(input_ids=text, use_cache=False).logits[:, -1]
+        return fuse(scores, logits)
+
+
+class CachedLM:
+    """The same with a KV cache, reordered by finding each row's parent among the rows of the step before."""
+
+    def __init__(self, lm: torch.nn.Module) -> None:
+        self.lm = lm
+        self.cache: object | None = None
+        self.before: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.before is None:
+            new = torch.full((len(input_ids), 1), END, device=input_ids.device)
+        else:
+            same = (input_ids[:, None, :-1] == self.before[None]).all(dim=-1)
+            own = torch.arange(len(input_ids), device=input_ids.device)
+            beams = max(1, int(same.sum(dim=1).max()))
+            near = same & ((own[:, None] - own[None]).abs() < beams + len(own))
+            self.cache.reorder_cache(near.int().argmax(dim=1))  # type: ignore[attr-defined]
+            new = input_ids[:, -1:].clamp(max=END)
+        found = self.lm(input_ids=new, past_key_values=self.cache, use_cache=True)
+        self.cache, self.before = found.past_key_values, input_ids
+        return fuse(scores, found.logits[:, -1])
+
+
+def fuse(scores: Tensor, logits: Tensor) -> Tensor:
+    scores = torch.log_softmax(scores.float(), dim=-1)  # processors see raw logits in greedy search
+    scores[:, :TEXT_TOKENS] += WEIGHT * torch.log_softmax(logits.float(), dim=-1)[:, :TEXT_TOKENS]
+    return scores
+
+
+def run(device: str, quick: bool) -> list[Measurement]:
+    """Ours against generate with no LM, an uncached and a cached LM; same hypotheses are asserted first."""
+    name = "tiny" if quick else "whisper-small.en+gpt2"
+    pair = make_pair(SHAPES[name])
+    rows: list[Measurement] = []
+    tokens = 6 if quick else 24
+    grid = [(1, 5)] if quick else [(1, 5), (4, 5), (8, 5), (1, 1), (1, 2), (1, 10)]
+    for utterances, beam_size in grid:
+        states = encoder_output(SHAPES[name], utterances)
+        providers = providers_of(pair, states, beam_size, tokens, with_uncached=(utterances, beam_size) == (1, 5))
+        shape = f"{name} utterances={utterances} beams={beam_size} tokens={tokens} threads={torch.get_num_threads()}"
+        found = {key: call() for key, call in providers.items()}
+        fused = {str(value) for key, value in found.items() if "no LM" not in key}
+        plain = {str(value) for key, value in found.items() if "no LM" in key}
+        if len(fused) != 1 or len(plain) != 1:
+            raise AssertionError(f"hypotheses differ at {shape}: no speed is reported")
+        seconds = take_turns(providers, repeats=2 if quick else 3, warm_up=0, device=device)
+        rows += measurements("decode", shape, "float32", seconds, "shallowfusion")
+    if not quick:
+        rows += memory_rows(name, tokens)
+    return rows
+
+
+def encoder_output(shape: Shape, utterances: int) -> Tensor:
+    return torch.randn((utterances, shape.frames, shape.width), generator=torch.Generator().manual_seed(1))
+
+
+def providers_of(
+    pair: Pair, states: Tensor, beam_size: int, tokens: int, with_uncached: bool
+) -> dict[str, Callable[[], list[tuple[int, ...]]]]:
+    providers: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+        "shallowfusion": lambda: ours(pair, states, beam_size, tokens, with_lm=True),
+        "shallowfusion, no LM": lambda: ours(pair, states, beam_size, tokens, with_lm=False),
+        "generate, no LM": lambda: generate(pair, states, beam_size, tokens, "none"),
+        "generate, cached LM": lambda: generate(pair, states, beam_size, tokens, "cached"),
+    }
+    if with_uncached:
+        providers["generate, uncached LM"] = lambda: generate(pair, states, beam_size, tokens, "uncached")
+    return providers
+
+
+def memory_rows(name: str, tokens: int) -> list[Measurement]:
+    """Peak resident memory of one decode in a process of its own, less that of the loaded models."""
+    rows = []
+    for utterances in (1, 4, 8):
+        for provider in ("shallowfusion", "generate, cached LM"):
+            command = [sys.executable, "-m", "bench.decode", name, provider, str(utterances), str(tokens)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            shape = f"{name} utterances={utterances} beams=5 tokens={tokens}"
+            nan = float("nan")
+            peak = float(done.stdout.split()[-1])
+            rows.append(Measurement("memory", shape, "float32", provider, nan, nan, nan, peak_memory_mb=peak))
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """Print the growth of peak memory in MB: `python -m bench.decode SHAPE PROVIDER UTTERANCES TOKENS`."""
+    name, provider, utterances, tokens = arguments[0], arguments[1], int(arguments[2]), int(arguments[3])
+    pair = make_pair(SHAPES[name])
+    states = encoder_output(SHAPES[name], utterances)
+    providers = providers_of(pair, states, 5, tokens, with_uncached=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    providers[provider]()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

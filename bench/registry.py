@@ -1,0 +1,34 @@
+"""The cases of the bench: what is measured and which tests must be green before its speed is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench import decode, fused_step
+from bench.timing import Measurement
+
+__all__ = ["CASES", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family of measurements.
+
+    Args:
+        name: used on the command line.
+        run: (device, quick) -> rows.
+        tests: files that must pass first; the second is for CUDA.
+        devices: where it can run.
+    """
+
+    name: str
+    run: Callable[[str, bool], list[Measurement]]
+    tests: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+CASES = (
+    Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
+    Case("decode", decode.run, ("tests/search/test_generate_parity.py",), devices=("cpu",)),
+)

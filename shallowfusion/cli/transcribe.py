@@ -1,0 +1,159 @@
+"""`shallowfusion transcribe`: recordings to text, JSON lines or subtitles of scores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from shallowfusion.fusion import Rule, piecewise, static
+from shallowfusion.options import DecodingOptions
+from shallowfusion.results import Transcription
+
+__all__ = ["add_parser", "options_from", "run"]
+
+NUMBER = {"int": int, "float": float}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "transcribe",
+        help="transcribe recordings",
+        description="Transcribe recordings of up to 30 s with a Whisper-type model, optionally fused with language "
+        "models. Exit code 2 if any recording fails; the others are transcribed all the same.",
+    )
+    parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
+    parser.add_argument("--asr", required=True, help="Whisper-type model: hub id or local directory")
+    parser.add_argument("--lm", action="append", default=[], help="language model on the same tokenizer; repeatable")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
+    _add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = options_from(arguments)
+    from shallowfusion.decoder import FusionDecoder
+
+    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    failed = 0
+    batches = range(0, len(arguments.recordings), options.batch_size)
+    for start in _progress(batches, len(arguments.recordings)):
+        for result in decoder.transcribe(arguments.recordings[start : start + options.batch_size], options):
+            failed += result.error is not None
+            _show(result, arguments.json, len(arguments.recordings) > 1)
+    if failed:
+        print(f"shallowfusion: {failed} of {len(arguments.recordings)} recordings failed, see above", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def options_from(arguments: argparse.Namespace) -> DecodingOptions:
+    """Decoding options as given on the command line."""
+    names = {
+        name: getattr(arguments, name)
+        for name in (*_numbers(), *_words(), "early_stopping")
+        if getattr(arguments, name) is not None
+    }
+    rule = _rule(arguments)
+    if rule is not None:
+        names["rule"] = rule
+    elif len(arguments.lm_weight) == 1:
+        names["lm_weight"] = arguments.lm_weight[0]
+        names["initial_steps"] = arguments.initial_steps
+    if arguments.length_penalty == "none":
+        names["length_penalty"] = None
+    elif arguments.length_penalty is not None:
+        names["length_penalty"] = float(arguments.length_penalty)
+    if arguments.end_threshold == "none":
+        names["end_threshold"] = None
+    elif arguments.end_threshold is not None:
+        names["end_threshold"] = float(arguments.end_threshold)
+    if arguments.suppress_tokens is not None:
+        given = arguments.suppress_tokens
+        names["suppress_tokens"] = given if given == "-1" else [int(i) for i in given.split(",") if i.strip()]
+    names["suppress_blank"] = not arguments.keep_blank
+    return DecodingOptions.of(**names)
+
+
+def _rule(arguments: argparse.Namespace) -> Rule | None:
+    """A rule only where the plain option names cannot say it."""
+    weights = arguments.lm_weight
+    if not (arguments.ramp or arguments.catch_up or len(weights) > 1):
+        return None
+    if not (arguments.initial_steps or arguments.ramp or arguments.catch_up):
+        return static(weights)
+    return piecewise(weights or 0.24, arguments.initial_steps, arguments.ramp, arguments.catch_up)
+
+
+def _numbers() -> dict[str, tuple[type, str]]:
+    return {
+        "beam_size": (int, "live hypotheses per recording (default: 5)"),
+        "n_best": (int, "hypotheses returned (default: 1)"),
+        "length_bonus": (float, "nats per token (default: 0)"),
+        "patience": (float, "stop rule whisper: waits for beam_size * patience hypotheses (default: 1)"),
+        "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
+        "max_new_tokens": (int, "no more tokens than this (default: what the model's window leaves)"),
+        "asr_temperature": (float, "default: 1"),
+        "lm_temperature": (float, "default: 1"),
+        "batch_size": (int, "recordings decoded together (default: 8)"),
+    }
+
+
+def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
+    return {
+        "end_policy": (
+            ("end_factored", "neutral", "lm", "asr_only"),
+            "what language models say of the end token (default: end_factored)",
+        ),
+        "stop_rule": (("hf", "whisper", "espnet"), "default: hf"),
+        "task": (("transcribe", "translate"), "default: transcribe"),
+        "language": (None, "language code of a multilingual model (default: detected)"),
+        "initial_prompt": (None, "text the acoustic model sees as previous text"),
+    }
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding options")
+    group.add_argument(
+        "--lm-weight", type=float, action="append", default=[], metavar="W", help="one per --lm (default: 0.24)"
+    )
+    group.add_argument("--initial-steps", type=int, default=0, metavar="N", help="tokens before the LM has a say")
+    group.add_argument("--ramp", type=int, default=0, metavar="N", help="tokens over which its weight grows")
+    group.add_argument("--catch-up", action="store_true", help="add the LM scores skipped at the start")
+    for name, (number, text) in _numbers().items():
+        names = [f"--{name.replace('_', '-')}", *(["--num-beams"] if name == "beam_size" else [])]
+        group.add_argument(*names, type=number, default=None, metavar="N", dest=name, help=text)
+    for name, (choices, text) in _words().items():
+        group.add_argument(f"--{name.replace('_', '-')}", default=None, choices=choices, help=text)
+    group.add_argument("--length-penalty", default=None, metavar="P", help="number, or none (default: 1)")
+    group.add_argument("--end-threshold", default=None, metavar="G", help="number, or none (default: 1.5)")
+    group.add_argument("--early-stopping", default=None, type=_early_stopping, metavar="X", help="false, true or never")
+    group.add_argument("--suppress-tokens", default=None, metavar="IDS", help="-1 = the model's list, or ids: 1,2,3")
+    group.add_argument("--keep-blank", action="store_true", help="allow blank or end as the first token")
+
+
+def _early_stopping(word: str) -> bool | str:
+    known: dict[str, bool | str] = {"false": False, "true": True, "never": "never"}
+    if word.lower() not in known:
+        raise argparse.ArgumentTypeError(f"must be false, true or never, got {word!r}")
+    return known[word.lower()]
+
+
+def _show(result: Transcription, as_json: bool, with_name: bool) -> None:
+    if as_json:
+        print(json.dumps(result.to_json(), ensure_ascii=False), flush=True)
+    elif result.error is not None:
+        print(f"shallowfusion: {result.error}", file=sys.stderr)
+    else:
+        alarm = f"  [{', '.join(result.flags)}]" if result.flags else ""
+        print(f"{result.source}: {result.text}{alarm}" if with_name else f"{result.text}{alarm}", flush=True)
+
+
+def _progress(batches: Any, recordings: int) -> Any:
+    if len(batches) < 2 or not sys.stderr.isatty():
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, unit="batch", desc=f"{recordings} recordings")

@@ -1,0 +1,85 @@
+"""Word errors of the acoustic model alone, decoded greedily by either of its two outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shallowfusion.demo.acoustic_model import JointModel
+from shallowfusion.demo.acoustic_training import pad_features
+from shallowfusion.demo.synthesis import DEMO_FEATURES, Utterance
+from shallowfusion.demo.vocabulary import BLANK, decode
+
+__all__ = ["WordErrors", "count_word_errors", "transcribe_attention", "transcribe_ctc", "word_error_rate"]
+
+_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class WordErrors:
+    """Substitutions, deletions and insertions together, and the words they are counted against."""
+
+    errors: int
+    words: int
+
+    @property
+    def rate(self) -> float:
+        """Word error rate; 1.0 is as many errors as words."""
+        return self.errors / max(1, self.words)
+
+    def __str__(self) -> str:
+        return f"{100.0 * self.rate:.1f} % ({self.errors} of {self.words} words)"
+
+
+def count_word_errors(reference: str, hypothesis: str) -> int:
+    """Fewest word substitutions, deletions and insertions that turn one text into the other."""
+    wanted, got = reference.split(), hypothesis.split()
+    costs = list(range(len(got) + 1))
+    for row, word in enumerate(wanted, start=1):
+        diagonal, costs[0] = costs[0], row
+        for column, other in enumerate(got, start=1):
+            diagonal, costs[column] = (
+                costs[column],
+                min(costs[column] + 1, costs[column - 1] + 1, diagonal + (word != other)),
+            )
+    return costs[-1]
+
+
+def word_error_rate(references: list[str], hypotheses: list[str]) -> WordErrors:
+    """Word errors over all utterances together."""
+    pairs = list(zip(references, hypotheses, strict=True))
+    errors = sum(count_word_errors(reference, hypothesis) for reference, hypothesis in pairs)
+    return WordErrors(errors, sum(len(reference.split()) for reference in references))
+
+
+def transcribe_attention(model: JointModel, utterances: list[Utterance], num_beams: int = 1) -> list[str]:
+    """Decode with transformers' own `generate` on full 30 s windows."""
+    texts: list[str] = []
+    with torch.inference_mode():
+        for features in _windows(utterances):
+            ids = model.whisper.generate(features, num_beams=num_beams, max_new_tokens=300)
+            texts += [decode(row) for row in ids.tolist()]
+    return texts
+
+
+def transcribe_ctc(model: JointModel, utterances: list[Utterance]) -> list[str]:
+    """Take the likeliest label of every frame on full 30 s windows, merge repeats, drop blanks."""
+    texts: list[str] = []
+    with torch.inference_mode():
+        for features in _windows(utterances):
+            best = model.ctc_head(model.whisper.model.encoder(features).last_hidden_state).argmax(dim=-1)
+            for row in best:
+                merged = torch.unique_consecutive(row).tolist()
+                texts.append(decode([label for label in merged if label != BLANK]))
+    return texts
+
+
+def _windows(utterances: list[Utterance]) -> list[Tensor]:
+    windows = []
+    for start in range(0, len(utterances), _BATCH_SIZE):
+        chosen = utterances[start : start + _BATCH_SIZE]
+        features = [torch.tensor(utterance.features, dtype=torch.float32) for utterance in chosen]
+        windows.append(pad_features(features, DEMO_FEATURES.chunk_frames))
+    return windows

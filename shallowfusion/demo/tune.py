@@ -1,0 +1,49 @@
+"""Choose the demo's LM weights on development clips: `python -m shallowfusion.demo.tune [--clips DIRECTORY]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from shallowfusion.demo.shipped import HERE, LANGUAGE_MODELS, decoders, read_manifest
+from shallowfusion.evaluation.word_errors import WordErrors, word_errors
+from shallowfusion.options import DecodingOptions
+
+__all__ = ["main", "tune"]
+
+GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+
+
+def tune(clips_directory: Path, grid: tuple[float, ...] = GRID) -> dict[str, object]:
+    """Decode the clips with every weight of the grid; the fewest word errors win, ties go to the smaller weight."""
+    clips = read_manifest(clips_directory)
+    references, paths = [clip.text for clip in clips], [clip.path for clip in clips]
+    found: dict[str, object] = {"clips": len(clips), "words": sum(len(text.split()) for text in references)}
+    for name, decoder in decoders().items():
+        weights = grid if name in LANGUAGE_MODELS else (0.0,)
+        curve: dict[float, WordErrors] = {}
+        for weight in weights:
+            results = decoder.transcribe(paths, DecodingOptions(lm_weight=weight))
+            curve[weight] = word_errors(references, [result.text for result in results])
+            print(f"{name:8} {weight:4.2f}  {100 * curve[weight].rate:5.1f} %", file=sys.stderr, flush=True)
+        best = min(curve, key=lambda weight: (sum(curve[weight].errors), weight))
+        found[name] = {
+            "lm_weight": best,
+            "errors": {str(weight): sum(errors.errors) for weight, errors in curve.items()},
+        }
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Choose the demo's LM weights on development clips.")
+    parser.add_argument("--clips", type=Path, default=HERE / "dev", help="directory with manifest.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "lm_weights.json")
+    chosen = parser.parse_args(arguments)
+    chosen.out.write_text(json.dumps(tune(chosen.clips), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

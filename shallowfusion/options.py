@@ -1,0 +1,165 @@
+"""What a caller may choose for one transcription."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, fields
+from typing import Any, Literal
+
+from shallowfusion.config import BeamSettings, StopRule, require
+from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.fusion.rules import END_POLICIES, EndPolicy, Rule, piecewise, static
+
+__all__ = ["DecodingOptions"]
+
+DEFAULT_LM_WEIGHT = 0.24
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Options of one call; names and defaults as in faster-whisper, transformers and openai-whisper.
+
+    Args:
+        beam_size: live hypotheses per utterance; `num_beams` is accepted for it.
+        n_best: hypotheses returned per utterance, at most beam_size.
+        rule: fusion rule, for instance fusion.static(0.24). In its place `lm_weight` with `initial_steps` says
+            static or piecewise. With neither, a loaded LM gets weight 0.24, the published optimum of a domain GPT-2.
+        length_bonus: nats per token but the end.
+        length_penalty: total / length ** length_penalty ranks hypotheses; with stop_rule="whisper" None is the mean
+            and a number GNMT's ((5 + length) / 6) ** length_penalty.
+        patience: stop_rule="whisper" waits for round(beam_size * patience) finished hypotheses.
+        early_stopping: stop_rule="hf": False, True or "never", as in transformers.
+        end_policy: what language models say of the end token; None = the rule's own or "end_factored".
+        end_threshold: with an LM that has a say, the end token is a candidate only if its acoustic log-prob is at
+            least end_threshold times that of the best token (>= 1; 1.5 is customary); None switches it off.
+        stop_rule: "hf", "whisper" or "espnet".
+        min_new_tokens, max_new_tokens: bounds on generated tokens; None = what the model's window leaves.
+        suppress_tokens: ids never generated; "-1" or -1 = the model's own list, None or () = none.
+        suppress_blank: the model's list for the first token (blank and end).
+        without_timestamps: only True in this release.
+        initial_prompt: text the acoustic model sees as previous text.
+        language: code of a multilingual model's language, None = detected.
+        task: "transcribe" or "translate".
+        asr_temperature, lm_temperature: logits are divided by it before the softmax.
+        batch_size: utterances decoded together.
+
+    Raises:
+        InvalidArgumentError: an unknown name or a value outside its range.
+    """
+
+    beam_size: int = 5
+    n_best: int = 1
+    rule: Rule | None = None
+    lm_weight: float | None = None
+    initial_steps: int = 0
+    length_bonus: float = 0.0
+    length_penalty: float | None = 1.0
+    patience: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    end_policy: EndPolicy | None = None
+    end_threshold: float | None = 1.5
+    stop_rule: StopRule = "hf"
+    min_new_tokens: int = 0
+    max_new_tokens: int | None = None
+    suppress_tokens: Sequence[int] | str | int | None = "-1"
+    suppress_blank: bool = True
+    without_timestamps: bool = True
+    initial_prompt: str | None = None
+    language: str | None = None
+    task: Literal["transcribe", "translate"] = "transcribe"
+    asr_temperature: float = 1.0
+    lm_temperature: float = 1.0
+    batch_size: int = 8
+    num_beams: InitVar[int | None] = None
+
+    def __post_init__(self, num_beams: int | None) -> None:
+        if num_beams is not None:
+            object.__setattr__(self, "beam_size", num_beams)
+        for name in ("beam_size", "n_best", "batch_size"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                f"{name} must be an integer of at least 1, got {value!r}.",
+            )
+        require(
+            self.n_best <= self.beam_size,
+            f"n_best must be at most beam_size={self.beam_size}, got {self.n_best}; raise beam_size.",
+        )
+        require(
+            self.rule is None or isinstance(self.rule, Rule),
+            f"rule must be a fusion rule such as fusion.static(0.24), got {self.rule!r}.",
+        )
+        require(
+            self.rule is None or (self.lm_weight is None and self.initial_steps == 0),
+            "give either rule or lm_weight and initial_steps, got both; the rule holds both numbers.",
+        )
+        require(
+            self.end_policy is None or self.end_policy in END_POLICIES,
+            f"end_policy must be one of {', '.join(END_POLICIES)}, got {self.end_policy!r}.",
+        )
+        require(
+            self.end_threshold is None or (math.isfinite(self.end_threshold) and self.end_threshold >= 1),
+            f"end_threshold must be at least 1 or None, got {self.end_threshold!r}; 1.5 is customary.",
+        )
+        require(
+            self.early_stopping in (False, True, "never"),
+            f"early_stopping must be False, True or 'never', got {self.early_stopping!r}.",
+        )
+        require(math.isfinite(self.length_bonus), f"length_bonus must be finite, got {self.length_bonus!r}.")
+        require(
+            self.task in ("transcribe", "translate"),
+            f"task must be 'transcribe' or 'translate', got {self.task!r}.",
+        )
+        require(
+            self.without_timestamps is True,
+            "without_timestamps=False is not supported yet; it comes with long-form decoding.",
+        )
+        for name in ("asr_temperature", "lm_temperature"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
+                f"{name} must be finite and above 0, got {value!r}.",
+            )
+        require(
+            isinstance(self.min_new_tokens, int) and self.min_new_tokens >= 0,
+            f"min_new_tokens must be an integer >= 0, got {self.min_new_tokens!r}.",
+        )
+        self._check_rule()
+        self.beam_settings(end_id=0, room=448)
+
+    @classmethod
+    def of(cls, **names: Any) -> DecodingOptions:
+        """Options from keyword names; an unknown one is an error that lists the known."""
+        known = {entry.name for entry in fields(cls)} | {"num_beams"}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise InvalidArgumentError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+        return cls(**names)
+
+    def _check_rule(self) -> None:
+        if self.rule is None:
+            self.resolved_rule(1)
+
+    def resolved_rule(self, num_models: int) -> Rule:
+        """The rule in force with `num_models` language models loaded."""
+        if self.rule is not None:
+            return self.rule.for_models(num_models)
+        default = DEFAULT_LM_WEIGHT if num_models else 0.0
+        weight = default if self.lm_weight is None else self.lm_weight
+        rule = piecewise(weight, self.initial_steps) if self.initial_steps else static(weight)
+        return rule.for_models(num_models)
+
+    def beam_settings(self, end_id: int, room: int) -> BeamSettings:
+        """Search settings for a model that ends with `end_id` and has room for `room` new tokens."""
+        early = {False: "heuristic", True: "first", "never": "never"}[self.early_stopping]
+        longest = room if self.max_new_tokens is None else min(room, self.max_new_tokens)
+        return BeamSettings(
+            beam_size=self.beam_size,
+            end_ids=(end_id,),
+            max_new_tokens=longest,
+            stop_rule=self.stop_rule,
+            length_penalty=self.length_penalty,
+            early_stopping=early,  # type: ignore[arg-type]
+            patience=self.patience,
+        )

@@ -1,0 +1,227 @@
+"""The one interface of everything that scores tokens, and what all cached transformer decoders share."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache, moves_to_front
+from shallowfusion.text.vocabulary import Vocabulary
+
+__all__ = ["CachedScorer", "Context", "DecoderState", "Scorer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a batch of utterances starts from.
+
+    Args:
+        prompts: token ids of each utterance, in the scorer's own vocabulary; read, never scored.
+        encoder_output: [utterances, frames, size] for acoustic scorers.
+        beam_size: the most rows an utterance will have.
+        max_new_tokens: the most tokens a row will gain.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    beam_size: int
+    max_new_tokens: int
+    encoder_output: Tensor | None = None
+
+
+class Scorer(Protocol):
+    """Scores the next token of every live hypothesis of a batch of utterances.
+
+    Price: `score` is one decoder pass over utterances x beam_size tokens; `fork` and `keep` move no keys or values,
+    except that `keep` copies one utterance per utterance that left.
+    """
+
+    vocabulary: Vocabulary
+
+    def start(self, context: Context) -> DecoderState:
+        """Read the prompts; `state.logits` is [utterances, vocab], one row per utterance."""
+        ...
+
+    def fork(self, state: DecoderState, parents: np.ndarray) -> DecoderState:
+        """Row k of utterance u continues from its old row parents[u, k]; int64 [utterances, beam_size]."""
+        ...
+
+    def score(self, state: DecoderState, token_ids: np.ndarray) -> tuple[Tensor, DecoderState]:
+        """Append a token to each row, int64 [utterances, beam_size], -1 = this row gains no token here.
+
+        Returns:
+            Logits of the next token, [utterances * beam_size, vocab], and the state.
+        """
+        ...
+
+    def keep(self, state: DecoderState, order: Sequence[int]) -> DecoderState:
+        """Drop finished utterances: place i of the new batch holds what was at place order[i]."""
+        ...
+
+    def end_scores(self, state: DecoderState) -> Tensor:
+        """Log-prob of ending now, [rows], from the latest logits."""
+        ...
+
+
+@dataclass
+class DecoderState:
+    """What a scorer remembers of a batch of searches. Owned by the scorer; `logits` may be read by anyone.
+
+    Args:
+        logits: [rows, vocab] of the latest pass.
+        lengths: int64 [utterances, rows], tokens each row sees.
+        histories: per utterance and row the tokens scored so far, for rows that outgrow the window.
+        forked: the row of `logits` each present row descends from; None when they are the same.
+    """
+
+    logits: Tensor
+    slots: BeamSlots
+    cache: Any
+    lengths: np.ndarray
+    histories: list[list[tuple[int, ...]]]
+    encoder_output: Tensor | None = None
+    forked: np.ndarray | None = field(default=None, repr=False)
+
+
+class CachedScorer(ABC):
+    """A transformer decoder with its keys and values in slots shared by the beams of an utterance."""
+
+    vocabulary: Vocabulary
+    device: torch.device
+    num_layers: int
+    window: int
+    has_cross_attention = False
+
+    @abstractmethod
+    def hidden_states(self, state: DecoderState, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        """One decoder pass: [utterances, queries] ids and positions -> [utterances, queries, size]."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [rows, size] -> [rows, vocab]."""
+
+    @torch.inference_mode()
+    def start(self, context: Context) -> DecoderState:
+        """Read the prompts in one pass with one row per utterance."""
+        prompts = [self._clipped(prompt) for prompt in context.prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        most = max(lengths) + context.beam_size * (context.max_new_tokens + self.window)
+        state = DecoderState(
+            logits=torch.empty(0),
+            slots=BeamSlots(len(prompts), most, self.device),
+            cache=decoder_cache(self.num_layers, self.has_cross_attention),
+            lengths=np.array(lengths, dtype=np.int64)[:, None],
+            histories=[[tuple(prompt)] for prompt in prompts],
+            encoder_output=context.encoder_output,
+        )
+        padded = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            padded[i, : len(prompt)] = torch.tensor(prompt)
+        plan = state.slots.prefill(lengths)
+        positions = torch.arange(max(lengths)).expand_as(padded)
+        hidden = self._pass(state, padded.to(self.device), positions.to(self.device), plan)
+        last = torch.tensor(lengths, device=self.device) - 1
+        state.logits = self.head(hidden[torch.arange(len(prompts), device=self.device), last])
+        return state
+
+    def fork(self, state: DecoderState, parents: np.ndarray) -> DecoderState:
+        """Change what each row sees; no key, value or logit is moved."""
+        state.slots.fork(parents)
+        utterances = np.arange(len(parents))[:, None]
+        state.forked = (utterances * state.lengths.shape[1] + parents).reshape(-1)
+        state.lengths = state.lengths[utterances, parents]
+        state.histories = [[old[k] for k in own] for old, own in zip(state.histories, parents, strict=True)]
+        return state
+
+    @torch.inference_mode()
+    def score(self, state: DecoderState, token_ids: np.ndarray) -> tuple[Tensor, DecoderState]:
+        """One pass over the new tokens; rows beyond the window are read anew from their last tokens."""
+        advancing = token_ids >= 0
+        full = advancing & (state.lengths >= self.window)
+        for i, k in zip(*np.nonzero(advancing), strict=True):
+            state.histories[i][k] += (int(token_ids[i, k]),)
+        appending = advancing & ~full
+        logits = self._append(state, token_ids, appending)
+        if not appending.all():
+            previous = state.logits if state.forked is None else state.logits[torch.from_numpy(state.forked)]
+            idle = torch.from_numpy(~appending.reshape(-1)).to(logits.device)
+            logits = torch.where(idle[:, None], previous, logits)
+        state.lengths = state.lengths + appending
+        if full.any():
+            logits = self._read_anew(state, full, logits)
+        state.logits, state.forked = logits, None
+        return logits, state
+
+    @torch.inference_mode()
+    def keep(self, state: DecoderState, order: Sequence[int]) -> DecoderState:
+        """Drop utterances; `order` is what `moves_to_front` returned for them."""
+        moves = [(source, target) for target, source in enumerate(order) if source != target]
+        used = state.slots.high_water()
+        own = getattr(state.cache, "self_attention_cache", state.cache)
+        for layer in own.layers:
+            layer.keep(moves, min(used, layer.keys.shape[1]))
+        if self.has_cross_attention:
+            for layer in state.cache.cross_attention_cache.layers:
+                layer.keep(moves, len(order))
+        state.slots.keep(order)
+        state.lengths = state.lengths[list(order)]
+        state.histories = [state.histories[place] for place in order]
+        forked = np.arange(len(state.logits)) if state.forked is None else state.forked
+        state.forked = forked.reshape(-1, state.lengths.shape[1])[list(order)].reshape(-1)
+        if state.encoder_output is not None:
+            state.encoder_output = state.encoder_output[: len(order)]
+        return state
+
+    def end_scores(self, state: DecoderState) -> Tensor:
+        """Log-prob of the end token in the latest logits, float32 [rows]."""
+        return torch.log_softmax(state.logits.float(), dim=1)[:, self.vocabulary.end_id]
+
+    def _clipped(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The last tokens of a prompt that leave room for one more."""
+        return prompt[-(self.window - 1) :]
+
+    def _append(self, state: DecoderState, token_ids: np.ndarray, appending: np.ndarray) -> Tensor:
+        plan = state.slots.append(appending)
+        ids = torch.from_numpy(np.where(appending, token_ids, 0)).to(self.device)
+        positions = torch.from_numpy(np.minimum(state.lengths, self.window - 1)).to(self.device)
+        hidden = self._pass(state, ids, positions, plan)
+        return self.head(hidden.reshape(-1, hidden.shape[-1]))
+
+    def _read_anew(self, state: DecoderState, full: np.ndarray, logits: Tensor) -> Tensor:
+        """Rows that outgrew the window keep its last half as their whole context."""
+        logger.info("%d rows outgrew the window of %d tokens; their last half is read anew", full.sum(), self.window)
+        kept = self.window // 2
+        lengths = np.where(full, kept, 0)
+        plan = state.slots.restart(lengths)
+        ids = torch.zeros(plan.slots.shape, dtype=torch.int64)
+        positions = torch.zeros(plan.slots.shape, dtype=torch.int64)
+        logits = logits.clone()
+        last: list[tuple[int, int, int]] = []
+        for i, own in enumerate(full):
+            for place, k in enumerate(np.flatnonzero(own)):
+                span = slice(place * kept, (place + 1) * kept)
+                ids[i, span] = torch.tensor(state.histories[i][k][-kept:])
+                positions[i, span] = torch.arange(kept)
+                last.append((i, span.stop - 1, i * full.shape[1] + int(k)))
+        hidden = self._pass(state, ids.to(self.device), positions.to(self.device), plan)
+        utterances, queries, rows = (list(column) for column in zip(*last, strict=True))
+        logits[rows] = self.head(hidden[utterances, queries])
+        state.lengths = np.where(full, kept, state.lengths)
+        return logits
+
+    def _pass(self, state: DecoderState, ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        own = getattr(state.cache, "self_attention_cache", state.cache)
+        for layer in own.layers:
+            layer.plan = plan
+        return self.hidden_states(state, ids, positions, plan)
+
+
+__all__ += ["moves_to_front"]

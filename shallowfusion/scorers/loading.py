@@ -1,0 +1,197 @@
+"""Models from a hub id or a local directory as scorers, with errors that say what is missing."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shallowfusion.errors import InvalidArgumentError, ModelError
+from shallowfusion.features.log_mel import FeatureSettings
+from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.whisper import WhisperScorer
+from shallowfusion.text.vocabulary import vocabulary_of
+
+__all__ = ["AcousticModel", "WhisperTokens", "choose_device", "choose_dtype", "load_causal_lm", "load_whisper"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class WhisperTokens:
+    """The special tokens of a Whisper model and its suppression lists; None where the model has none."""
+
+    start: int
+    end: int
+    no_timestamps: int | None
+    previous: int | None
+    languages: dict[str, int]
+    tasks: dict[str, int]
+    suppressed: tuple[int, ...]
+    first_suppressed: tuple[int, ...]
+
+    @property
+    def is_multilingual(self) -> bool:
+        return bool(self.languages)
+
+
+@dataclass(frozen=True)
+class AcousticModel:
+    """A Whisper-type model with all that belongs to it."""
+
+    name: str
+    scorer: WhisperScorer
+    tokenizer: Any
+    features: FeatureSettings
+    tokens: WhisperTokens
+
+
+def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> AcousticModel:
+    """A Whisper model, its tokenizer, feature settings and special tokens.
+
+    Raises:
+        ModelError: no such directory or hub id, no weights, or not a Whisper model.
+    """
+    from transformers import AutoConfig, AutoTokenizer, WhisperForConditionalGeneration
+
+    _check_directory(name)
+    config = _loaded(AutoConfig.from_pretrained, name, "a model configuration")
+    if config.model_type != "whisper":
+        raise ModelError(
+            f"{name} is a {config.model_type!r} model, wanted a Whisper-type model (model_type 'whisper'); "
+            "a language model goes to lm=..."
+        )
+    model = _loaded(
+        WhisperForConditionalGeneration.from_pretrained,
+        name,
+        "a Whisper model",
+        dtype=dtype,
+        attn_implementation="sdpa",
+    )
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "a tokenizer")
+    model = model.to(device).eval()
+    tokens = whisper_tokens(model, tokenizer)
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size, tokens.end, name=name)
+    return AcousticModel(name, WhisperScorer(model, vocabulary), tokenizer, _feature_settings(name), tokens)
+
+
+def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> CausalLMScorer:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        ModelError: no such directory or hub id, no weights, or not a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _check_directory(name)
+    config = _loaded(AutoConfig.from_pretrained, name, "a model configuration")
+    if config.model_type == "whisper":
+        raise ModelError(f"{name} is a Whisper model, wanted a causal language model such as GPT-2.")
+    model = _loaded(
+        AutoModelForCausalLM.from_pretrained, name, "a causal language model", dtype=dtype, attn_implementation="sdpa"
+    )
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "a tokenizer")
+    end = _single(config.eos_token_id)
+    if end is None:
+        raise ModelError(f"{name} has no eos_token_id in its configuration; the decoder needs an end token.")
+    begin = _single(config.bos_token_id)
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size, end, end if begin is None else begin, name=name)
+    return CausalLMScorer(model.to(device).eval(), vocabulary)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """`auto` is CUDA where there is a device, else the CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InvalidArgumentError(f"device must be 'auto', 'cpu' or 'cuda[:n]', got {device!r}.") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is float16 on CUDA and float32 on the CPU."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
+        return dtype
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in known:
+        raise InvalidArgumentError(f"dtype must be 'auto', {', '.join(map(repr, known))}, got {dtype!r}.")
+    return known[str(dtype)]
+
+
+def whisper_tokens(model: Any, tokenizer: Any = None) -> WhisperTokens:
+    """Special tokens as the model's generation settings name them, else as its tokenizer does."""
+    settings, config = model.generation_config, model.config
+    start = _single(getattr(settings, "decoder_start_token_id", None)) or _single(config.decoder_start_token_id)
+    end = _single(getattr(settings, "eos_token_id", None)) or _single(config.eos_token_id)
+    if start is None or end is None:
+        raise ModelError(f"{config.name_or_path} names no decoder_start_token_id or eos_token_id.")
+    languages = {key.strip("<|>"): value for key, value in (getattr(settings, "lang_to_id", None) or {}).items()}
+    return WhisperTokens(
+        start=start,
+        end=end,
+        no_timestamps=_named(settings, "no_timestamps_token_id", tokenizer, "<|notimestamps|>"),
+        previous=_named(settings, "prev_sot_token_id", tokenizer, "<|startofprev|>"),
+        languages=languages if getattr(settings, "is_multilingual", bool(languages)) else {},
+        tasks=dict(getattr(settings, "task_to_id", None) or {}),
+        suppressed=tuple(getattr(settings, "suppress_tokens", None) or ()),
+        first_suppressed=tuple(getattr(settings, "begin_suppress_tokens", None) or ()),
+    )
+
+
+def _named(settings: Any, setting: str, tokenizer: Any, token: str) -> int | None:
+    found = getattr(settings, setting, None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.get_vocab().get(token)
+    return None if found is None else int(found)
+
+
+def _feature_settings(name: str) -> FeatureSettings:
+    if Path(name).is_dir():
+        return FeatureSettings.from_pretrained(name)
+    from transformers.utils import cached_file
+
+    path = _loaded(cached_file, name, "feature settings", filename="preprocessor_config.json")
+    return FeatureSettings.from_pretrained(Path(path).parent)
+
+
+def _check_directory(name: str) -> None:
+    """A path is checked here, so that its errors name files; anything else is taken for a hub id."""
+    path = Path(name)
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ModelError(f"{name} is not a directory; give a model directory or a hub id such as 'gpt2'.")
+        return
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{name} holds no config.json, wanted a model directory as transformers saves it.")
+    if not any((path / file).is_file() for file in WEIGHT_FILES):
+        raise ModelError(f"{name} holds no weights, wanted one of {', '.join(WEIGHT_FILES)}.")
+
+
+def _loaded(load: Any, name: str, what: str, **options: Any) -> Any:
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{name} cannot be loaded as {what} ({type(error).__name__}: {reason}); "
+            "give a model directory as transformers saves it, or a hub id this machine can reach."
+        ) from error
+
+
+def _single(ids: Any) -> int | None:
+    if isinstance(ids, (list, tuple)):
+        return int(ids[0]) if ids else None
+    return None if ids is None else int(ids)

@@ -1,0 +1,115 @@
+"""What each token id of a model means, and whether two models mean the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowfusion.errors import VocabularyError
+
+__all__ = ["Vocabulary", "token_map", "vocabulary_of"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of one model.
+
+    Args:
+        tokens: the bytes of each text token; None for special tokens and ids without text.
+        end_id: the token that ends an utterance.
+        begin_id: the token a language model starts from; None for acoustic models.
+        name: shown in errors.
+    """
+
+    tokens: tuple[bytes | None, ...]
+    end_id: int
+    begin_id: int | None = None
+    name: str = "vocabulary"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every token's bytes and the end token's id."""
+        digest = hashlib.sha256(str(self.end_id).encode())
+        for token in self.tokens:
+            digest.update(b"\xff\xff" if token is None else len(token).to_bytes(2, "little") + token)
+        return digest.hexdigest()
+
+
+def vocabulary_of(tokenizer: Any, size: int, end_id: int, begin_id: int | None = None, name: str = "") -> Vocabulary:
+    """Read a transformers tokenizer; ids from its length up to `size` hold no text."""
+    special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+    byte_of = _byte_alphabet()
+    tokens = [None if i in special or t is None else _token_bytes(t, byte_of) for i, t in enumerate(names)]
+    tokens += [None] * (size - len(tokens))
+    return Vocabulary(tuple(tokens), end_id, begin_id, name or str(getattr(tokenizer, "name_or_path", "vocabulary")))
+
+
+def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> Tensor | None:
+    """The language model's id of each acoustic token, once every text token is proved to have one.
+
+    Args:
+        include_end: whether the acoustic end token corresponds to the language model's end token.
+
+    Returns:
+        int32 [acoustic size], -1 for tokens without counterpart; None if ids agree wherever both models have them.
+
+    Raises:
+        VocabularyError: a text token of the acoustic model is missing from the language model.
+    """
+    by_bytes: dict[bytes, int] = {}
+    for i, token in enumerate(language.tokens):
+        if token is not None:
+            by_bytes.setdefault(token, i)
+    ids = []
+    for i, token in enumerate(acoustic.tokens):
+        same = i < len(language) and token is not None and language.tokens[i] == token
+        ids.append(i if same else -1 if token is None else by_bytes.get(token, -2))
+    missing = [i for i, target in enumerate(ids) if target == -2]
+    moved = [i for i, target in enumerate(ids) if target >= 0 and target != i]
+    if missing:
+        raise VocabularyError(_difference(acoustic, language, missing, moved))
+    if include_end:
+        ids[acoustic.end_id] = language.end_id
+    shared = min(len(acoustic), len(language))
+    if ids == [*range(shared), *[-1] * (len(ids) - shared)]:
+        return None
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[int], moved: Sequence[int]) -> str:
+    first = (sorted([*missing, *moved]) or [0])[0]
+    theirs = language.tokens[first] if first < len(language) else None
+    return (
+        f"the acoustic model's tokens ({acoustic.name}) are not those of the language model ({language.name}): "
+        f"{len(missing)} of {sum(t is not None for t in acoustic.tokens)} text tokens have no counterpart and "
+        f"{len(moved)} have another id; first difference: id {first} is {acoustic.tokens[first]!r} against {theirs!r}. "
+        "Wanted equal tokenizers: English-only Whisper (*.en) goes with GPT-2; "
+        "other pairs need a language model trained on the acoustic model's tokenizer."
+    )
+
+
+def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
+    """Bytes of a byte-level BPE token; SentencePiece pieces keep their UTF-8, the space mark as a space."""
+    if all(character in byte_of for character in token):
+        return bytes(byte_of[character] for character in token)
+    if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: printable bytes stand for themselves, the rest from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}

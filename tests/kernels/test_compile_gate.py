@@ -1,0 +1,82 @@
+"""Every kind of kernel variant compiles for the A100 and the H100/H200, without spills and with 16-byte loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parents[2]
+# registers per thread at 128 threads: 168 leave three programs on a multiprocessor, 255 two
+CEILINGS = {
+    "fuse_logits": 168,
+    "source_statistics": 128,
+    "fuse_increments": 255,
+    "row_select": 128,
+    "merge_rows": 64,
+    "mark_bonus": 32,
+    "finish_row_statistics": 40,
+}
+MANY_SOURCES_CEILING = 255  # three or four sources hold three or four tiles
+
+
+@pytest.fixture(scope="module", params=[("90",), ("80", "brief")], ids=["sm_90", "sm_80"])
+def report(request, tmp_path_factory) -> list[dict[str, Any]]:
+    """What the compiler made of each variant; a process of its own, since this one may run Triton's interpreter."""
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
+        pytest.skip("this triton brings no cuobjdump")
+    path = tmp_path_factory.mktemp("gate") / "report.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_gate", str(path), *request.param],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_every_kernel_is_there_in_every_kind_of_variant(report):
+    assert {entry["kernel"] for entry in report} == set(CEILINGS)
+    if report[0]["capability"] == 80:
+        return  # the brief set
+    fused = [entry["constants"] for entry in report if entry["kernel"] == "fuse_logits"]
+    two = {(c["NORMALIZE"], c["EXTRAS"]) for c in fused if c["N"] == 2}
+    assert two == {(normalize, extras) for normalize in range(3) for extras in (False, True)}
+    assert {c["N"] for c in fused} == {1, 2, 3, 4}
+    selected = [entry["constants"] for entry in report if entry["kernel"] == "row_select"]
+    assert {c["KEYS"] for c in selected} == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_other_sizes_and_policies_need_no_new_variant(report):
+    assert "same variants" not in {entry["request"] for entry in report}
+
+
+@pytest.mark.slow
+def test_no_variant_spills_or_exceeds_its_registers(report):
+    for entry in report:
+        assert entry["stack"] == 0, entry
+        assert entry["local"] == 0, entry
+        many = entry["constants"].get("N", 1) > 2 and entry["kernel"].startswith("fuse")
+        assert entry["reg"] <= (MANY_SOURCES_CEILING if many else CEILINGS[entry["kernel"]]), entry
+
+
+@pytest.mark.slow
+def test_padded_logits_are_loaded_sixteen_bytes_at_a_time(report):
+    threads = 128
+    for entry in report:
+        constants, padded = entry["constants"], "unpadded" not in entry["request"]
+        if entry["kernel"] in ("fuse_logits", "source_statistics") and padded:
+            loads = constants["N"] * constants["BLOCK"] * entry["itemsize"] // (16 * threads)
+            assert entry["wide_loads"] >= loads, entry
+        if entry["kernel"] == "fuse_logits" and not padded:
+            assert entry["wide_loads"] == 0, entry
