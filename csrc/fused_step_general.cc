@@ -77,10 +77,10 @@ void combine_mixture(const RowWork& work, int64_t token, int64_t count, float* c
   std::copy_n(mixed, count, combined);
 }
 
-// Log2 of the sum of 2^values over all tokens but the end. Where float32 is too coarse for it, the tokens that matter,
+// Log of the sum of 2^values, nats, over all tokens but the end. Where float32 is too coarse for it, the tokens that matter,
 // which are few then, are summed as `exact` (nats) scores them; `coarseness` (token) is the magnitude it must resolve.
 template <class Coarseness, class Exact>
-double log2_sum(const RowWork& work, const std::vector<float>& values, const Coarseness& coarseness,
+double log_sum(const RowWork& work, const std::vector<float>& values, const Coarseness& coarseness,
                 const Exact& exact) {
   const int64_t vocab = work.arguments().vocab();
   const auto best = std::max_element(values.begin(), values.begin() + vocab);
@@ -91,7 +91,7 @@ double log2_sum(const RowWork& work, const std::vector<float>& values, const Coa
       const int64_t size = std::min(kBlock, round_up(vocab - at, work.kernels().lanes));
       sum += work.kernels().source_block[0][kSum]({values.data() + at, size, 1.0f, -*best, 0.0f, nullptr}).sum;
     }
-    return std::log2(sum) + *best;
+    return (std::log2(sum) + *best) * kLn2;
   }
   const double least = *best - kCoarse - magnitude * 0x1p-20;
   std::vector<double> scores;
@@ -104,7 +104,7 @@ double log2_sum(const RowWork& work, const std::vector<float>& values, const Coa
   if (highest == kNever) return kNever;
   double sum = 0.0;
   for (const double score : scores) sum += std::exp(score - highest);
-  return (std::log(sum) + highest) * kLog2E;
+  return std::log(sum) + highest;
 }
 
 // What the float32 score of a token was summed from, in log2 units. A mixture's best token is never far below one.
@@ -128,12 +128,12 @@ double sum_of_words(RowWork& work) {
     std::copy_n(values, count, work.scratch.data() + token);
   }
   work.scratch[arguments.end_id] = kImpossible;
-  return log2_sum(
+  return log_sum(
       work, work.scratch, [&](int64_t token) { return std::fabs(work.scratch[token]); },
       [&](int64_t token) { return log_prob_of(work.sources[0], token); });
 }
 
-// Log2 of the sum of what is allowed, bias counted.
+// Log of the sum of what is allowed, bias counted.
 double sum_of_biased(RowWork& work) {
   const int64_t vocab = work.arguments().vocab();
   work.scratch.assign(round_up(vocab, kMaxLanes) + kMaxLanes, kImpossible);
@@ -146,7 +146,7 @@ double sum_of_biased(RowWork& work) {
       work.scratch[at] = work.combined[at] + value * static_cast<float>(kLog2E);
     }
   }
-  return log2_sum(
+  return log_sum(
       work, work.scratch, [&](int64_t token) { return coarseness_of(work, token); },
       [&](int64_t token) { return increment_of(work, token) + static_bias_of(work, token); });
 }
@@ -154,15 +154,15 @@ double sum_of_biased(RowWork& work) {
 void set_shift(RowWork& work) {
   work.shift = 0.0;
   if (work.normalize == Normalize::end_factored) {
-    const double fused = log2_sum(
+    const double fused = log_sum(
         work, work.combined, [&](int64_t token) { return coarseness_of(work, token); },
         [&](int64_t token) { return increment_of(work, token); });
-    work.shift = fused == kNever ? kNever : (sum_of_words(work) - fused) * kLn2;
+    work.shift = fused == kNever ? kNever : sum_of_words(work) - fused;
   } else if (work.normalize == Normalize::local) {
     const double fused = sum_of_biased(work);
-    const double end = end_log_score(work) * kLog2E;
+    const double end = end_log_score(work);
     const double high = std::max(end, fused);
-    if (high > kNever) work.shift = -(high + std::log2(std::exp2(end - high) + std::exp2(fused - high))) * kLn2;
+    if (high > kNever) work.shift = -(high + std::log(std::exp(end - high) + std::exp(fused - high)));
   }
 }
 
@@ -178,6 +178,7 @@ RowSoftmax exact_softmax(const SourceView& view, int64_t row, const Kernels& ker
   double sum = 0.0;
   RowSoftmax softmax;
   softmax.known = true;
+  softmax.exact = true;
   if (kernels.any_broken[dtype](logits, view.vocab)) {
     const double nothing = std::numeric_limits<double>::quiet_NaN();
     softmax.log_sum_exp = softmax.best_log_prob = softmax.largest = nothing;

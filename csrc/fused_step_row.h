@@ -26,6 +26,11 @@ struct RowSoftmax {
   double best_log_prob = 0.0;  // set under the neutral policy, and by exact_softmax
   double largest = 0.0;        // logit; set by exact_softmax
   bool known = false;
+  bool exact = false;  // set by exact_softmax
+
+  // Largest logit and its log-prob, or 0 and the log-prob of a logit of 0: what differences are taken against.
+  double origin() const { return exact ? largest : 0.0; }
+  double origin_log_prob() const { return exact ? best_log_prob : -log_sum_exp; }
 };
 
 // A continuation of one row; `score` is its increment, rewards counted, in nats.

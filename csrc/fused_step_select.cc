@@ -151,7 +151,7 @@ double log_prob_of(const RowSource& source, int64_t token) {
   const double logit = read_logit(source.view->dtype, source.logits, id);
   if (std::isnan(source.softmax.log_sum_exp)) return source.softmax.log_sum_exp;
   if (logit == kNever) return kNever;  // so is every logit of a row whose log-sum-exp is -inf
-  return logit * source.inverse - source.softmax.log_sum_exp;
+  return (logit - source.softmax.origin()) * source.inverse + source.softmax.origin_log_prob();
 }
 
 double increment_of(const RowWork& work, int64_t token) {
@@ -183,8 +183,8 @@ double increment_of(const RowWork& work, int64_t token) {
     }
     const double logit = read_logit(source.view->dtype, source.logits, id);
     if (logit == kNever) return kNever;
-    logits += source.weight * (logit * source.inverse);
-    constants -= source.weight * source.softmax.log_sum_exp;
+    logits += source.weight * ((logit - source.softmax.origin()) * source.inverse);
+    constants += source.weight * source.softmax.origin_log_prob();
   }
   return logits + constants;
 }

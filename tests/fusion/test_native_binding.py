@@ -1,7 +1,8 @@
-"""The raw binding refuses what it cannot read, whatever it is given."""
+"""The binding refuses what it cannot read, whatever it is given, and says why."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion import _native
+from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.native_step import fused_step_cpu
-from tests.step_cases import assert_same_bits, make_request
+from shallowfusion.values import Unmapped
+from tests.step_cases import assert_same_bits, make_request, random_bonus
 
 LOGITS = np.zeros((4, 16), dtype=np.float32)
 WORDS: list[Any] = [
@@ -113,3 +116,56 @@ def test_threads_survive_a_fork() -> None:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     assert_same_bits(before, fused_step_cpu(request, threads=3))
+
+
+def test_refused_arguments_name_what_is_wrong() -> None:
+    request = make_request()
+    cases: list[tuple[str, dict[str, object]]] = [
+        ("beam_size", {"beam_size": 4}),
+        ("top_k", {"top_k": 0}),
+        ("end_id", {"end_id": 255}),
+        ("end_factored", {"end_id": -1, "normalize": "end_factored"}),
+        ("weights", {"weights": torch.ones(6, 3)}),
+        ("weights", {"weights": torch.full((6, 2), float("nan"))}),
+        ("weights", {"weights": torch.full((6, 2), -1.0), "combine": "mixture"}),
+        ("weights", {"weights": torch.ones(6, 2, dtype=torch.float64)}),
+        ("totals", {"totals": torch.zeros(6, 1)}),
+        ("temperature", {"temperatures": (1.0, 0.0)}),
+        ("temperature", {"temperatures": (float("nan"), 1.0)}),
+        ("map", {"maps": (None, torch.full((255,), 200, dtype=torch.int32))}),
+        ("map", {"maps": (None, torch.full((255,), -2, dtype=torch.int32))}),
+        ("map", {"maps": (None, torch.zeros(255, dtype=torch.int64))}),
+        ("floor", {"unmapped": (Unmapped("neutral"), Unmapped("floor", float("inf")))}),
+        ("token_bias", {"token_bias": torch.zeros(254)}),
+        ("token_bias", {"token_bias": torch.full((255,), float("nan"))}),
+        ("token_bias", {"token_bias": torch.zeros(510)[::2]}),
+        ("allowed", {"allowed": torch.zeros(6, 7, dtype=torch.int32)}),
+        ("length_bonus", {"length_bonus": torch.zeros(5)}),
+        ("combine", {"combine": "sum"}),
+        ("normalize", {"normalize": "global"}),
+        ("stride", {"sources": (request.sources[0], torch.zeros(200, 6).T)}),
+        ("rows", {"sources": (request.sources[0], torch.zeros(5, 200))}),
+        ("float16", {"sources": (request.sources[0], torch.zeros(6, 200, dtype=torch.int32))}),
+        ("sources", {"sources": request.sources[:1] * 9, "maps": (None,) * 9, "temperatures": (1.0,) * 9}),
+    ]
+    for word, changes in cases:
+        if len(changes.get("sources", ())) == 9:  # type: ignore[arg-type]
+            changes["unmapped"] = request.unmapped[:1] * 9
+        with pytest.raises(InvalidArgumentError, match=word):
+            fused_step_cpu(dataclasses.replace(request, **changes))
+    bonus = random_bonus(6, 255, 3)
+    for word, broken in [
+        ("row_offsets", dataclasses.replace(bonus, row_offsets=bonus.row_offsets + 1)),
+        ("row_offsets", dataclasses.replace(bonus, row_offsets=bonus.row_offsets.flip(0))),
+        ("row_offsets", dataclasses.replace(bonus, row_offsets=bonus.row_offsets[:-1])),
+        ("token_ids", dataclasses.replace(bonus, token_ids=bonus.token_ids + 255)),
+        ("token_ids", dataclasses.replace(bonus, token_ids=torch.zeros_like(bonus.token_ids))),
+        ("values", dataclasses.replace(bonus, values=bonus.values[:-1])),
+        ("values", dataclasses.replace(bonus, values=bonus.values * float("nan"))),
+    ]:
+        with pytest.raises(InvalidArgumentError, match=word):
+            fused_step_cpu(dataclasses.replace(request, bonus=broken))
+    with pytest.raises(InvalidArgumentError, match="level"):
+        fused_step_cpu(request, level="mmx")
+    with pytest.raises(InvalidArgumentError, match="threads"):
+        fused_step_cpu(request, threads=0)
