@@ -42,6 +42,7 @@ NORMALIZE = {
     "end_factored": codes.END_FACTORED.value,
 }
 BONUS_CHUNK = 64
+THREE_PROGRAMS = 168  # registers a thread that let three programs of 128 threads share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def _one_pass(request: StepRequest, work: _Work) -> Launch:
         work.statistics, work.maxima, work.groups, request.vocab_size, work.boundary, request.end_id, work.left_out,
     )  # fmt: skip
     constants = _constants(N=work.sources, NORMALIZE=work.normalize, EXTRAS=work.extras, BLOCK=work.block)
+    if work.sources <= 2:
+        constants["maxnreg"] = THREE_PROGRAMS  # older compilers would take 200 and leave room for two
     return Launch(fuse_logits, (work.splits, request.num_rows), arguments, constants)
 
 

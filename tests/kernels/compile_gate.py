@@ -92,6 +92,7 @@ def named_requests() -> Iterator[tuple[str, StepRequest]]:
         ),
     )
     yield "few rows", full_size(rows=10, beam_size=5)
+    yield "beam 8", full_size(beam_size=8, top_k=16)
     for top_k in (2, 32, 64):
         yield f"top {top_k}", full_size(top_k=top_k)
 

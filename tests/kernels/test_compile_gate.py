@@ -19,7 +19,7 @@ CEILINGS = {
     "source_statistics": 128,
     "fuse_increments": 255,
     "row_select": 128,
-    "merge_rows": 64,
+    "merge_rows": 96,
     "mark_bonus": 32,
     "finish_row_statistics": 40,
 }
