@@ -42,6 +42,7 @@ check: test
 
 bench: env  ## measure on this machine and append to bench/results
 	$(PYTHON) -m bench.run --device cpu
+	$(PYTHON) -m pytest bench --benchmark-only -o addopts=
 
 clean:
 	rm -rf build dist *.egg-info shallowfusion/_native*.so

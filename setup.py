@@ -2,8 +2,10 @@
 
 import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+
+ParallelCompile().install()
 
 packages = [
     *(name for name in find_packages(include=["shallowfusion", "shallowfusion.*"]) if ".kernels" not in name),
@@ -15,7 +17,7 @@ setup(
     package_dir={"shallowfusion.kernels": "kernels"},
     package_data={
         "shallowfusion": ["py.typed"],
-        "shallowfusion.demo": ["models/*/*", "clips/*", "dev/*"],
+        "shallowfusion.demo": ["*.json", "*.txt", "models/*/*", "clips/*", "dev/*"],
     },
     ext_modules=[
         Pybind11Extension(

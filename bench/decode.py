@@ -49,7 +49,7 @@ class Pair:
     lm: torch.nn.Module
 
 
-def make_pair(shape: Shape) -> Pair:
+def make_pair(shape: Shape, device: str = "cpu") -> Pair:
     """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached."""
     from transformers import GPT2Config, GPT2LMHeadModel, WhisperConfig, WhisperForConditionalGeneration
 
@@ -73,6 +73,7 @@ def make_pair(shape: Shape) -> Pair:
     lm = GPT2LMHeadModel(lm_config).eval()
     for norm in (whisper.model.decoder.layer_norm, lm.transformer.ln_f):
         torch.nn.init.constant_(norm.weight, 6.0)
+    whisper, lm = whisper.to(device), lm.to(device)
     pieces = [str(i).encode() for i in range(TEXT_TOKENS)]
     acoustic = AcousticModel(
         "whisper",
@@ -170,12 +171,12 @@ def fuse(scores: Tensor, logits: Tensor) -> Tensor:
 def run(device: str, quick: bool) -> list[Measurement]:
     """Ours against generate with no LM, an uncached and a cached LM; same hypotheses are asserted first."""
     name = "tiny" if quick else "whisper-small.en+gpt2"
-    pair = make_pair(SHAPES[name])
+    pair = make_pair(SHAPES[name], device)
     rows: list[Measurement] = []
     tokens = 6 if quick else 24
     grid = [(1, 5)] if quick else [(1, 5), (4, 5), (8, 5), (1, 1), (1, 2), (1, 10)]
     for utterances, beam_size in grid:
-        states = encoder_output(SHAPES[name], utterances)
+        states = encoder_output(SHAPES[name], utterances).to(device)
         providers = providers_of(pair, states, beam_size, tokens, with_uncached=(utterances, beam_size) == (1, 5))
         shape = f"{name} utterances={utterances} beams={beam_size} tokens={tokens} threads={torch.get_num_threads()}"
         found = {key: call() for key, call in providers.items()}
@@ -185,7 +186,7 @@ def run(device: str, quick: bool) -> list[Measurement]:
             raise AssertionError(f"hypotheses differ at {shape}: no speed is reported")
         seconds = take_turns(providers, repeats=2 if quick else 3, warm_up=0, device=device)
         rows += measurements("decode", shape, "float32", seconds, "shallowfusion")
-    if not quick:
+    if not quick and device == "cpu":
         rows += memory_rows(name, tokens)
     return rows
 

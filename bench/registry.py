@@ -30,5 +30,5 @@ class Case:
 
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
-    Case("decode", decode.run, ("tests/search/test_generate_parity.py",), devices=("cpu",)),
+    Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
 )

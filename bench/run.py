@@ -1,4 +1,4 @@
-"""Measure: `python -m bench.run --device cpu [--case fused_step] [--quick]`."""
+"""Measure: `python -m bench.run --device cpu [--case fused_step] [--quick]`, or `python bench/run.py ...`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
+
+if not __package__:  # run as a file: the packages lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.registry import CASES, Case
 from bench.report import table

@@ -13,7 +13,7 @@ from shallowfusion.options import DecodingOptions
 
 __all__ = ["main", "tune"]
 
-GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 
 
 def tune(clips_directory: Path, grid: tuple[float, ...] = GRID) -> dict[str, object]:
