@@ -24,6 +24,9 @@ __all__ = ["AcousticSettings", "Batch", "joint_loss", "make_batch", "pad_feature
 _FLOOR_BELOW_PEAK = 2.0
 _IGNORED = -100
 _LABEL_SMOOTHING = 0.05
+# Share of the decoder's history that is replaced by random letters. A decoder that cannot trust its history listens
+# instead of guessing: its internal language model stays weak, and a fused one has something to add.
+_HISTORY_NOISE = 0.25
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def joint_loss(model: JointModel, batch: Batch, ctc_weight: float) -> tuple[Tens
     with torch.autocast("cpu", torch.bfloat16):
         states = model.encode(batch.features)
         label_logits = model.ctc_head(states)
-        token_logits = model.decode(batch.prefixes, states)
+        prefixes = _with_noise(batch.prefixes) if model.training else batch.prefixes
+        token_logits = model.decode(prefixes, states)
     log_probs = label_logits.float().log_softmax(dim=-1).transpose(0, 1)  # [frames, utterances, labels]
     frame_counts = torch.full_like(batch.label_counts, log_probs.shape[0])
     ctc = functional.ctc_loss(
@@ -114,6 +118,13 @@ def joint_loss(model: JointModel, batch: Batch, ctc_weight: float) -> tuple[Tens
     )
     total = ctc_weight * ctc + (1.0 - ctc_weight) * attention
     return total, torch.stack([ctc.detach(), attention.detach()])
+
+
+def _with_noise(prefixes: Tensor) -> Tensor:
+    """Replace some text tokens by random ones; start tokens and padding stay."""
+    is_text = prefixes < END_OF_TEXT
+    replaced = is_text & (torch.rand(prefixes.shape) < _HISTORY_NOISE)
+    return torch.where(replaced, torch.randint_like(prefixes, END_OF_TEXT), prefixes)
 
 
 def train_acoustic(

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shallowfusion.demo.acoustic_model import JointModel, load_acoustic_model
 from shallowfusion.demo.corpus import EVALUATION_SOURCES, GENERAL_SOURCES, MEDICAL_SOURCES, held_out_sentences
 from shallowfusion.demo.evaluation import transcribe_attention, transcribe_ctc, word_error_rate
@@ -42,9 +44,16 @@ Features: 80 mel bands, 50 frames a second (hop 320, FFT 512), so 25 encoder fra
 
 {text_form}
 
+The decoder's history is noisy in training: a quarter of the characters it is shown are random. It listens more than
+it guesses, so its internal language model is weak and a fused one has something to add.
+
 ## Data
 
 {data}
+
+## Training
+
+{training}
 
 ## Figures
 
@@ -66,6 +75,10 @@ with `GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)`. Every se
 
 {data}
 
+## Training
+
+{training}
+
 ## Figures
 
 Perplexity per character on up to 600 held-out sentences that are no training sentence, each scored on its own, end
@@ -85,9 +98,15 @@ espeak-ng's voices are synthetic: the model has heard no human being."""
 
 _AN4_DATA = """\
 Weights start from `../asr`. Further training on the training part of AN4 (Carnegie Mellon University, 1991; a
-BSD-style licence; 793 recordings of 62 speakers, each at three playing speeds) with words of its transcripts in
-random order spoken by espeak-ng, and a little of the speech that `../asr` was trained on. No audio of AN4 is
-contained in the repository."""
+BSD-style licence), every tenth speaker held out for development and each recording at three playing speeds, with
+words of its transcripts in random order spoken by espeak-ng, and a little of the speech that `../asr` was trained on.
+No audio of AN4 is contained in the repository."""
+
+_TRAINING = """\
+{updates:,} updates. The shipped weights were made on two CPU cores in several runs, while the recipe settled: the
+first updates of `asr` and of the language models used AdamW throughout, before Muon took over the layers' matrices,
+and `asr` learned its history noise half-way. A fresh run of `python -m shallowfusion.demo.train` gives like weights,
+not the same."""
 
 
 def write_cards(data: Path, out: Path, work: Path) -> None:
@@ -105,11 +124,14 @@ def write_cards(data: Path, out: Path, work: Path) -> None:
     if (models / "asr").exists():
         origins = _bullets(["gen_gutenberg_train", "med_mtsdialog_train", "med_acibench_train"])
         limits = "It spells what it hears: medical words it never met come out wrong. It is of no use for real speech."
-        _write_acoustic_card(models / "asr", "Demo acoustic model", _SPEECH.format(origins=origins), clips, limits)
+        speech = _SPEECH.format(origins=origins)
+        _write_acoustic_card(models / "asr", "Demo acoustic model", speech, _training(work, "asr"), clips, limits)
     if (models / "asr_an4").exists():
-        recordings = {"AN4 test (real speech)": read_an4(data, "test"), "20 test clips": clips["20 test clips"]}
+        recordings = {f"AN4 {part} (real speech)": read_an4(data, part) for part in ("dev", "test")}
+        recordings["20 test clips"] = clips["20 test clips"]
         limits = "AN4 is spelled names, numbers and a few commands; beyond those, real speech is not recognised."
-        _write_acoustic_card(models / "asr_an4", "Demo acoustic model, adapted to AN4", _AN4_DATA, recordings, limits)
+        title, training = "Demo acoustic model, adapted to AN4", _training(work, "asr_an4")
+        _write_acoustic_card(models / "asr_an4", title, _AN4_DATA, training, recordings, limits)
     held_out = {
         "medical (MedQuAD test, PubMed and MTS-Dialog validation)": held_out_sentences(
             data, EVALUATION_SOURCES, MEDICAL_SOURCES
@@ -121,11 +143,11 @@ def write_cards(data: Path, out: Path, work: Path) -> None:
         ("lm_general", "Demo general language model", GENERAL_SOURCES),
     ):
         if (models / name).exists():
-            _write_lm_card(models / name, title, list(sources), held_out)
+            _write_lm_card(models / name, title, list(sources), _training(work, name), held_out)
 
 
 def _write_acoustic_card(
-    directory: Path, title: str, data: str, recordings: dict[str, list[Utterance]], limits: str
+    directory: Path, title: str, data: str, training: str, recordings: dict[str, list[Utterance]], limits: str
 ) -> None:
     model = load_acoustic_model(directory)
     lines = ["| recordings | attention, greedy | attention, beam 5 | CTC, greedy |", "| --- | --- | --- | --- |"]
@@ -141,21 +163,43 @@ def _write_acoustic_card(
         print(f"{directory.name}: {lines[-1]}", flush=True)
     figures = "Word error rate of the model alone, full 30 s windows, `transformers` decoding:\n\n" + "\n".join(lines)
     card = _ACOUSTIC_CARD.format(
-        title=title, parameters=_count(model), text_form=_TEXT_FORM, data=data, figures=figures, limits=limits
+        title=title,
+        parameters=_count(model),
+        text_form=_TEXT_FORM,
+        data=data,
+        training=training,
+        figures=figures,
+        limits=limits,
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_lm_card(directory: Path, title: str, sources: list[str], held_out: dict[str, list[str]]) -> None:
+def _write_lm_card(
+    directory: Path, title: str, sources: list[str], training: str, held_out: dict[str, list[str]]
+) -> None:
     model = load_lm(directory)
     lines = []
     for name, texts in held_out.items():
         lines.append(f"- {name}: {math.exp(nats_per_token(model, texts)):.3f}")
         print(f"{directory.name}: {lines[-1]}", flush=True)
     card = _LM_CARD.format(
-        title=title, parameters=_count(model), text_form=_TEXT_FORM, data=_bullets(sources), figures="\n".join(lines)
+        title=title,
+        parameters=_count(model),
+        text_form=_TEXT_FORM,
+        data=_bullets(sources),
+        training=training,
+        figures="\n".join(lines),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _training(work: Path, name: str) -> str:
+    """How long a model was trained, as far as its checkpoint is still at hand."""
+    checkpoint = work / f"{name}.pt"
+    if not checkpoint.exists():
+        return "The checkpoint is not at hand, so the number of updates is not known."
+    stored: dict[str, Any] = torch.load(checkpoint, weights_only=True, mmap=True)
+    return _TRAINING.format(updates=int(stored["step"]))
 
 
 def _bullets(sources: list[str]) -> str:

@@ -60,22 +60,24 @@ def read_an4(data: Path, part: str, speeds: tuple[float, ...] = (1.0,)) -> list[
 
     Args:
         data: the data directory, holding `audio/manifest.jsonl`.
-        part: "train" or "test".
+        part: "train", "test", or "dev": every tenth speaker of the train directory, who is not in "train" then.
         speeds: every recording comes once at each of these playing speeds.
 
     Raises:
         AudioError: the manifest or a recording is missing.
         InvalidArgumentError: the part has no recordings.
     """
-    prefix = f"audio/an4/{part}/"
+    prefix = f"audio/an4/{'test' if part == 'test' else 'train'}/"
+    entries = [entry for entry in _read_manifest(data / "audio" / _MANIFEST) if entry["path"].startswith(prefix)]
+    held_out = set(sorted({entry["speaker"] for entry in entries})[::10]) if part != "test" else set()
     utterances = []
-    for entry in _read_manifest(data / "audio" / _MANIFEST):
+    for entry in entries:
         text = normalise(entry["text"])
-        if entry["path"].startswith(prefix) and text is not None:
+        if text is not None and (entry["speaker"] in held_out) == (part == "dev"):
             samples = _read_audio(data / entry["path"])
             utterances += [Utterance(text, features_of(_at_speed(samples, speed))) for speed in speeds]
-    if not utterances:
-        raise InvalidArgumentError(f"AN4 has no part {part!r}; use 'train' or 'test'.")
+    if not utterances or part not in ("train", "dev", "test"):
+        raise InvalidArgumentError(f"AN4 has no part {part!r}; use 'train', 'dev' or 'test'.")
     return utterances
 
 

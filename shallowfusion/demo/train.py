@@ -74,10 +74,10 @@ class Plan:
     data: Path
     out: Path
     work: Path
-    acoustic_steps: int = 8000
-    medical_steps: int = 4000
-    general_steps: int = 1000
-    an4_steps: int = 2000
+    acoustic_steps: int = 4000
+    medical_steps: int = 2500
+    general_steps: int = 850
+    an4_steps: int = 1200
     minutes: float | None = None
     seed: int = 17
     num_workers: int = 2
@@ -198,7 +198,7 @@ def _spoken(plan: Plan) -> list[Utterance]:
 
 def _train_asr(plan: Plan) -> None:
     model = new_acoustic_model(32, 1, 1) if plan.quick else new_acoustic_model()
-    budget = Budget(plan.acoustic_steps, 2e-3, plan.minutes, warmup_steps=400)
+    budget = Budget(plan.acoustic_steps, 2e-3, plan.minutes, warmup_steps=400, decay_start=0.45)
     trained = train_acoustic(model, _spoken(plan), budget, AcousticSettings(), plan.work / "asr.pt", plan.seed)
     save_acoustic_model(trained, plan.models / "asr")
 
