@@ -1,12 +1,10 @@
 """Compiles every kind of variant that the launcher of the fused step can choose, to machine code, without a GPU.
 
     python -m tests.kernels.compile_gate report.json 90
-    python -m tests.kernels.compile_gate report.json 80 brief
 
 Requests are planned by the launcher itself and each launch is compiled as the just-in-time compiler would on that
 device, so a variant cannot be forgotten here and reached there. The options of a request are crossed for two float32
-sources; number of sources, dtype, padding, rows and top_k are swept around that. `brief` keeps a few requests that
-reach every kernel. Run it without TRITON_INTERPRET.
+sources; number of sources, dtype, padding, rows and top_k are swept around that. Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from shallowfusion.kernels.fused_step import Launch, plan_fused_step, plan_row_s
 from shallowfusion.values import StepRequest, Unmapped
 from tests.kernels.cases import extras, request
 
-BRIEF = ("log_linear none", "log_linear end_factored extras", "mixture local mapped extras", "unpadded")
 VOCABS = (51866, 50257, 50257, 51866)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -97,10 +94,8 @@ def named_requests() -> Iterator[tuple[str, StepRequest]]:
         yield f"top {top_k}", full_size(top_k=top_k)
 
 
-def launches(brief: bool) -> Iterator[tuple[str, Launch]]:
+def launches() -> Iterator[tuple[str, Launch]]:
     for name, asked in named_requests():
-        if brief and name not in BRIEF:
-            continue
         for launch in plan_fused_step(asked)[0]:
             yield name, launch
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -122,11 +117,11 @@ def inspect(cubin: bytes) -> dict[str, int]:
     return {**numbers, "instructions": instructions, "wide_loads": code.count("LDG.E.128")}
 
 
-def compile_all(capability: int, brief: bool) -> list[dict[str, Any]]:
+def compile_all(capability: int) -> list[dict[str, Any]]:
     driver.set_active(CompileOnly(capability))
     seen: set[str] = set()
     report = []
-    for name, launch in launches(brief):
+    for name, launch in launches():
         began = time.perf_counter()
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
         if compiled.hash in seen:
@@ -143,5 +138,5 @@ def compile_all(capability: int, brief: bool) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    entries = compile_all(int(sys.argv[2]), brief=sys.argv[3:] == ["brief"])
+    entries = compile_all(int(sys.argv[2]))
     Path(sys.argv[1]).write_text(json.dumps(entries, indent=1))

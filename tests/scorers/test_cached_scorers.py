@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from shallowfusion.scorers.base import CachedScorer, Context
+from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.slots import moves_to_front
-from tests.tiny import END, NO_TIMESTAMPS, START, random_encoder_output, tiny_lm, tiny_whisper
+from tests.tiny import END, NO_TIMESTAMPS, START, random_encoder_output, tiny_lm, tiny_whisper, vocabulary
 
 STEPS = 12
 
@@ -142,3 +143,17 @@ def test_slots_of_dead_branches_are_used_again() -> None:
         state = scorer.fork(state, np.zeros((1, 4), dtype=np.int64))  # all rows but the first die
     assert state.slots.num_used == 1 + 20
     assert state.slots.high_water() <= 1 + 20 + 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_models_with_rotary_positions_and_grouped_heads_equal_uncached_ones(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(
+        kind, vocab_size=41, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=END, eos_token_id=END, pad_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    scorer = CausalLMScorer(model, vocabulary(41, END, kind))
+    run_random_search(scorer, [scorer.prompt(), scorer.prompt([1, 2, 3])], None, seed=3)
