@@ -23,7 +23,6 @@ __all__ = ["AcousticSettings", "Batch", "joint_loss", "make_batch", "pad_feature
 # Quiet floor of Whisper's features below their loudest value: 8 decades, divided by 4.
 _FLOOR_BELOW_PEAK = 2.0
 _IGNORED = -100
-_LABEL_SMOOTHING = 0.05
 # Share of the decoder's history that is replaced by random letters. A decoder that cannot trust its history listens
 # instead of guessing: its internal language model stays weak, and a fused one has something to add.
 _HISTORY_NOISE = 0.25
@@ -97,6 +96,9 @@ def make_batch(utterances: list[Utterance], num_frames: int, generator: random.R
 def joint_loss(model: JointModel, batch: Batch, ctc_weight: float) -> tuple[Tensor, Tensor]:
     """CTC loss and attention loss per label, the first over the padding too, since inference decodes it.
 
+    Labels are not smoothed: smoothing would put a floor under the probability of an early end of text, and a search
+    that sums log probabilities, with a language model's added, would cut long sentences short.
+
     Returns:
         two scalars: the weighted sum to descend, and [2] the CTC and attention parts, detached.
     """
@@ -111,10 +113,7 @@ def joint_loss(model: JointModel, batch: Batch, ctc_weight: float) -> tuple[Tens
         log_probs, batch.labels, frame_counts, batch.label_counts, blank=BLANK, reduction="sum", zero_infinity=True
     ) / float(batch.label_counts.sum())
     attention = functional.cross_entropy(
-        token_logits.float().flatten(0, 1),
-        batch.targets.flatten(),
-        ignore_index=_IGNORED,
-        label_smoothing=_LABEL_SMOOTHING if model.training else 0.0,
+        token_logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=_IGNORED
     )
     total = ctc_weight * ctc + (1.0 - ctc_weight) * attention
     return total, torch.stack([ctc.detach(), attention.detach()])
