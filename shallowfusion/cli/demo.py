@@ -32,6 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"{title} ...", file=sys.stderr)
 
+    import torch
+
+    torch.set_num_threads(1)  # these models are too small to share
     report = run_demo(arguments.device, arguments.dtype, arguments.beam_size, progress)
     if arguments.json:
         print(json.dumps(report.to_json(), indent=1))

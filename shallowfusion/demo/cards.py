@@ -17,6 +17,8 @@ from shallowfusion.demo.synthesis import Utterance
 
 __all__ = ["write_cards"]
 
+_NUM_PRIVATE_MEASURED = 100
+
 _TEXT_ORIGINS = {
     "gen_gutenberg_train": "Pride and Prejudice, The Adventures of Sherlock Holmes (Project Gutenberg), public domain",
     "med_medquad_train": "MedQuAD (Ben Abacha and Demner-Fushman 2019), CC BY 4.0",
@@ -104,9 +106,9 @@ No audio of AN4 is contained in the repository."""
 
 _TRAINING = """\
 {updates:,} updates. The shipped weights were made on two CPU cores in several runs, while the recipe settled: the
-first updates of `asr` and of the language models used AdamW throughout, before Muon took over the layers' matrices,
-and `asr` learned its history noise half-way. A fresh run of `python -m shallowfusion.demo.train` gives like weights,
-not the same."""
+first updates of `asr` and of the language models used AdamW throughout, before Muon took over the layers' matrices;
+`asr` got its history noise half-way, and its labels were smoothed until shortly before the end. A fresh run of
+`python -m shallowfusion.demo.train` gives like weights, not the same."""
 
 
 def write_cards(data: Path, out: Path, work: Path) -> None:
@@ -119,7 +121,7 @@ def write_cards(data: Path, out: Path, work: Path) -> None:
     """
     clips = {"20 test clips": read_clips(out / "clips"), "development clips": read_clips(out / "dev")}
     if (work / "private").exists():
-        clips["private development clips"] = read_clips(work / "private")
+        clips["private development clips"] = read_clips(work / "private")[:_NUM_PRIVATE_MEASURED]
     models = out / "models"
     if (models / "asr").exists():
         origins = _bullets(["gen_gutenberg_train", "med_mtsdialog_train", "med_acibench_train"])

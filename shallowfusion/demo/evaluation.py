@@ -15,6 +15,9 @@ from shallowfusion.demo.vocabulary import BLANK, decode
 __all__ = ["WordErrors", "count_word_errors", "transcribe_attention", "transcribe_ctc", "word_error_rate"]
 
 _BATCH_SIZE = 16
+# No voice says more characters in a second; a decoder that says more has lost its place.
+_TOKENS_PER_SECOND = 20
+_FRAME_SECONDS = DEMO_FEATURES.hop_length / DEMO_FEATURES.sampling_rate
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ def transcribe_attention(model: JointModel, utterances: list[Utterance], num_bea
     """Decode with transformers' own `generate` on full 30 s windows."""
     texts: list[str] = []
     with torch.inference_mode():
-        for features in _windows(utterances):
-            ids = model.whisper.generate(features, num_beams=num_beams, max_new_tokens=300)
+        for start, features in enumerate(_windows(utterances)):
+            chosen = utterances[start * _BATCH_SIZE : (start + 1) * _BATCH_SIZE]
+            seconds = max(len(utterance.features) for utterance in chosen) * _FRAME_SECONDS
+            limit = min(400, 10 + int(seconds * _TOKENS_PER_SECOND))
+            ids = model.whisper.generate(features, num_beams=num_beams, max_new_tokens=limit)
             texts += [decode(row) for row in ids.tolist()]
     return texts
 

@@ -75,8 +75,9 @@ def run_demo(
     systems = {}
     for name, decoder in loaded.items():
         progress(TITLES[name])
-        weight = float(weights[name]["lm_weight"]) if name in LANGUAGE_MODELS else 0.0
-        options = DecodingOptions(beam_size=beam_size, lm_weight=weight)
+        weight = float(weights[name]["lm_weight"])
+        temperature = float(weights[name]["asr_temperature"])
+        options = DecodingOptions(beam_size=beam_size, lm_weight=weight, asr_temperature=temperature)
         decoder.transcribe([clips[0].path], options)
         results = decoder.transcribe([clip.path for clip in clips], options)
         systems[name] = _system(name, weight, clips, results)
@@ -112,7 +113,7 @@ def summary_lines(report: DemoReport) -> list[str]:
     """Word error rates with intervals, term recall and speed of each system, and where the time went."""
     words, count = sum(report.systems["asr"].errors.words), len(report.clips)
     lines = [
-        f"{count} clips, {words} words, beam 5, weights chosen on development clips",
+        f"{count} clips, {words} words; weights and acoustic temperatures were chosen on development clips",
         f"{'system':15}{'weight':>7}{'WER':>8}  {'95 % interval':17}{'errors':>7}{'term recall':>14}{'RTFx':>7}",
     ]
     for system in report.systems.values():

@@ -74,10 +74,10 @@ class Plan:
     data: Path
     out: Path
     work: Path
-    acoustic_steps: int = 4000
-    medical_steps: int = 2500
+    acoustic_steps: int = 5000
+    medical_steps: int = 2800
     general_steps: int = 850
-    an4_steps: int = 1200
+    an4_steps: int = 1800
     minutes: float | None = None
     seed: int = 17
     num_workers: int = 2
