@@ -185,7 +185,7 @@ def test_bad_arguments_are_refused(pool_class: type) -> None:
     for bad in ([ids[0], ids[0]], [ids], 3, [0.0, 1.0], ["a", "b"], [[0], [0, 1]], object()):
         with pytest.raises(InvalidArgumentError):
             pool.append_each(bad)
-    for parents in ([0], [0, 2], [-1, 0], [0, 0, 0], [0.0, 1.0], None):
+    for parents in ([2], [0, 2], [-1, 0], [0, 0, 2], [0.0, 1.0], None):
         with pytest.raises(InvalidArgumentError):
             pool.reorder(ids, parents)
     assert pool.num_sequences == 2
@@ -307,3 +307,19 @@ def test_native_reorder_and_append_take_microseconds() -> None:
         pool.append_each(sequences)
         seconds.append(time.perf_counter() - start)
     assert np.median(seconds) < 1e-3
+
+
+def test_reorder_may_change_the_number_of_rows(pool_class: type) -> None:
+    pool = pool_class(64, page_size=1)
+    prompt = pool.create()
+    pool.append(prompt, 3)
+    rows = pool.reorder([prompt], [0, 0, 0])
+    assert len(rows) == 3
+    pool.append_each(rows)
+    assert pool.num_used == 3 + 3
+    kept = pool.reorder(rows, [1])
+    assert len(kept) == 1
+    assert pool.num_used == 3 + 1
+    pool.release(int(kept[0]))
+    assert pool.num_used == 0
+    assert pool.num_sequences == 0
