@@ -17,8 +17,6 @@ from shallowfusion.demo.synthesis import Utterance
 
 __all__ = ["write_cards"]
 
-_NUM_PRIVATE_MEASURED = 100
-
 _TEXT_ORIGINS = {
     "gen_gutenberg_train": "Pride and Prejudice, The Adventures of Sherlock Holmes (Project Gutenberg), public domain",
     "med_medquad_train": "MedQuAD (Ben Abacha and Demner-Fushman 2019), CC BY 4.0",
@@ -117,11 +115,9 @@ def write_cards(data: Path, out: Path, work: Path) -> None:
     Args:
         data: directory with `text/` and `audio/`.
         out: directory with `models/`, `clips/` and `dev/`.
-        work: directory that may hold `private/`, clips kept for development only.
+        work: directory with the checkpoints, which know the number of updates.
     """
     clips = {"20 test clips": read_clips(out / "clips"), "development clips": read_clips(out / "dev")}
-    if (work / "private").exists():
-        clips["private development clips"] = read_clips(work / "private")[:_NUM_PRIVATE_MEASURED]
     models = out / "models"
     if (models / "asr").exists():
         origins = _bullets(["gen_gutenberg_train", "med_mtsdialog_train", "med_acibench_train"])
