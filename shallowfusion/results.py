@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,11 +134,6 @@ def compression_ratio(text: str) -> float:
     """Bytes of the text over bytes of its zlib compression; above 2.4 openai-whisper suspects a loop."""
     data = text.encode()
     return len(data) / len(zlib.compress(data)) if data else 0.0
-
-
-def failures(results: Sequence[Transcription]) -> list[Transcription]:
-    """The recordings that could not be transcribed."""
-    return [result for result in results if result.error is not None]
 
 
 def _hypothesis_json(hypothesis: Hypothesis) -> dict[str, Any]:

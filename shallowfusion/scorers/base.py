@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache, moves_to_front
+from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache
 from shallowfusion.text.vocabulary import Vocabulary
 
 __all__ = ["CachedScorer", "Context", "DecoderState", "Scorer"]
@@ -222,6 +222,3 @@ class CachedScorer(ABC):
         for layer in own.layers:
             layer.plan = plan
         return self.hidden_states(state, ids, positions, plan)
-
-
-__all__ += ["moves_to_front"]

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from shallowfusion.scorers.page_pool import PagePool
 
-__all__ = ["BeamSlots", "SlotLayer", "SlotPlan", "StoredLayer", "decoder_cache"]
+__all__ = ["BeamSlots", "SlotLayer", "SlotPlan", "StoredLayer", "decoder_cache", "moves_to_front"]
 
 SMALLEST_CAPACITY = 64
 
@@ -142,10 +142,9 @@ def moves_to_front(kept: Sequence[int]) -> tuple[list[tuple[int, int]], list[int
     Returns:
         The copies (source, target) and, for each place of the new batch, the old place it now holds.
     """
-    places = list(kept[: len(kept)])
     stay = {place for place in kept if place < len(kept)}
     free = [place for place in range(len(kept)) if place not in stay]
-    moves = list(zip([place for place in places if place >= len(kept)], free, strict=True))
+    moves = list(zip([place for place in kept if place >= len(kept)], free, strict=True))
     order = list(range(len(kept)))
     for source, target in moves:
         order[target] = source

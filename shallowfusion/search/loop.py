@@ -17,7 +17,8 @@ from torch import Tensor
 from shallowfusion.config import BeamSettings
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import Backend, fused_step, row_statistics
-from shallowfusion.scorers.base import Context, Scorer, moves_to_front
+from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
 from shallowfusion.values import Candidates, Normalize, Unmapped
 
