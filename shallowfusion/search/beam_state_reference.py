@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -83,20 +84,20 @@ def power(base: float, exponent: float) -> float:
     return min(max(value, SMALLEST_SCALE), LARGEST_SCALE)
 
 
-class Rule:
+class Rule(ABC):
     """What the three stop rules share: settings, keys and how candidates become nodes."""
 
     def __init__(self, settings: BeamSettings) -> None:
         self.settings = settings
         self.beam_size = settings.beam_size
 
+    @abstractmethod
     def apply(self, search: Search, candidates: list[Candidate]) -> list[Candidate]:
         """Move `search` one token on; return the candidates that live on, in lane order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish_live(self, search: Search) -> None:
         """Finish the live hypotheses by force."""
-        raise NotImplementedError
 
     def key(self, total: float, length: int, ended: bool) -> float:
         assert self.settings.length_penalty is not None
