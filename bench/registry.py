@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bench import decode, fused_step
@@ -17,13 +17,13 @@ class Case:
 
     Args:
         name: used on the command line.
-        run: (device, quick) -> rows.
+        run: (device, quick) -> rows, a list after each shape, so that a run cut short keeps what it measured.
         tests: files that must pass first; the second is for CUDA.
         devices: where it can run.
     """
 
     name: str
-    run: Callable[[str, bool], list[Measurement]]
+    run: Callable[[str, bool], Iterator[list[Measurement]]]
     tests: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
 

@@ -104,8 +104,8 @@ def _numbers() -> dict[str, tuple[type, str]]:
 def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
     return {
         "end_policy": (
-            ("end_factored", "neutral", "lm", "asr_only"),
-            "what language models say of the end token (default: end_factored)",
+            ("neutral", "end_factored", "lm", "asr_only"),
+            "what language models say of the end token (default: neutral)",
         ),
         "stop_rule": (("hf", "whisper", "espnet"), "default: hf"),
         "task": (("transcribe", "translate"), "default: transcribe"),

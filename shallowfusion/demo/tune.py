@@ -16,8 +16,8 @@ from shallowfusion.options import DecodingOptions
 
 __all__ = ["main", "tune"]
 
-WEIGHTS = (0.1, 0.3, 0.4, 0.5, 0.6)
-TEMPERATURES = (1.0, 1.5, 2.0, 2.5)
+WEIGHTS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+TEMPERATURES = (1.0, 1.5, 2.0)
 
 
 def tune(clips_directory: Path) -> dict[str, object]:
