@@ -85,6 +85,15 @@ def test_parts_equal_the_models_own_log_probs() -> None:
     assert [token.parts["lm"] for token in best.tokens] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
+def test_the_internal_lm_can_be_what_the_model_says_to_silence() -> None:
+    model = decoder()
+    rule = fusion.internal_lm(0.8, 0.2, "silence")
+    best = model.transcribe([clip(2)], beam_size=3, rule=rule)[0].best
+    wanted = best.parts["asr"] + 0.8 * best.parts["lm"] - 0.2 * best.parts["ilm"]
+    assert best.total == pytest.approx(wanted, abs=1e-3)
+    assert best.parts["ilm"] < 0
+
+
 def test_results_take_the_shapes_of_other_libraries() -> None:
     result = decoder().transcribe([clip(2)], **FAST)[0]
     assert result.to_whisper()["text"] == result.text

@@ -76,8 +76,7 @@ def run_demo(
     for name, decoder in loaded.items():
         progress(TITLES[name])
         weight = float(weights[name]["lm_weight"])
-        temperature = float(weights[name]["asr_temperature"])
-        options = DecodingOptions(beam_size=beam_size, lm_weight=weight, asr_temperature=temperature)
+        options = DecodingOptions(beam_size=beam_size, lm_weight=weight)
         decoder.transcribe([clips[0].path], options)
         results = decoder.transcribe([clip.path for clip in clips], options)
         systems[name] = _system(name, weight, clips, results)
@@ -113,7 +112,7 @@ def summary_lines(report: DemoReport) -> list[str]:
     """Word error rates with intervals, term recall and speed of each system, and where the time went."""
     words, count = sum(report.systems["asr"].errors.words), len(report.clips)
     lines = [
-        f"{count} clips, {words} words; weights and acoustic temperatures were chosen on development clips",
+        f"{count} clips, {words} words; weights were chosen on development clips",
         f"{'system':15}{'weight':>7}{'WER':>8}  {'95 % interval':17}{'errors':>7}{'term recall':>14}{'RTFx':>7}",
     ]
     for system in report.systems.values():
