@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shallowfusion.config import require
 from shallowfusion.fusion.gates import (
     AgreementGate,
     ConfidenceGate,
     EntropyGate,
+    EvidenceGate,
     Form,
     Gate,
     InverseEntropyGate,
@@ -21,6 +23,7 @@ __all__ = [
     "article",
     "confidence_gate",
     "entropy_gate",
+    "evidence_gate",
     "gated",
     "internal_lm",
     "inverse_entropy_gate",
@@ -90,6 +93,24 @@ def inverse_entropy_gate(weight: Weight, form: Form = "local") -> Rule:
 def agreement_gate(weight: Weight, top_k: int = 10, form: Form = "local") -> Rule:
     """Weight where the LM's favourite is among the acoustic model's best `top_k` tokens, else 0 (METHODS 11.2)."""
     return Rule("agreement_gate", as_weights(weight), gate=AgreementGate(top_k), form=form)
+
+
+def evidence_gate(
+    weight: Weight,
+    ilm_weight: float = 0.2,
+    scale: float = 0.5,
+    margin: float = 0.0,
+    variant: IlmVariant = "zero_context",
+) -> Rule:
+    """`internal_lm`, both weights times sigmoid(scale * (log P_lm - log P_ilm - margin * tokens)) of what was said.
+
+    For language models that may be of the wrong domain: see `gates.EvidenceGate`.
+    """
+    require(ilm_weight > 0, f"ilm_weight must be above 0, got {ilm_weight!r}; the gate compares with the internal LM.")
+    gate = EvidenceGate(scale, margin)
+    return Rule(
+        "evidence_gate", as_weights(weight), gate=gate, form="plain", ilm_weight=ilm_weight, ilm_variant=variant
+    )
 
 
 def uadf(end_policy: EndPolicy = "lm") -> Rule:

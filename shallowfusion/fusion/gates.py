@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "AgreementGate",
     "ConfidenceGate",
     "EntropyGate",
+    "EvidenceGate",
     "Form",
     "Gate",
     "InverseEntropyGate",
@@ -47,12 +48,17 @@ class StepView:
         temperatures: one per source.
         step: generated tokens so far, the same for all rows.
         maps: per source the id of each acoustic token, or None; see `fused_step`.
+        sums: float32 [rows, sources], each source's log-prob of the tokens so far; the best row of an utterance comes
+            first. Only where the gate asks for it.
+        beam_size: rows per utterance.
     """
 
     logits: Sequence[Tensor]
     temperatures: Sequence[float]
     step: int = 0
     maps: Sequence[Tensor | None] | None = None
+    sums: Tensor | None = None
+    beam_size: int = 1
 
     @cached_property
     def acoustic(self) -> RowStatistics:
@@ -73,7 +79,13 @@ class StepView:
 
 
 class Gate(Protocol):
-    """Shares of the language models' weights. Price: one read of the logits it looks at."""
+    """Shares of the language models' weights. Price: one read of the logits it looks at.
+
+    Args:
+        needs_sums: whether it looks at `StepView.sums`.
+    """
+
+    needs_sums: ClassVar[bool]
 
     def shares(self, view: StepView) -> Tensor:
         """Share of each language model's weight in each row, [rows, models], from 0 to 1."""
@@ -83,6 +95,8 @@ class Gate(Protocol):
 @dataclass(frozen=True)
 class EntropyGate:
     """H_asr / ln(vocab), or 2 * sigmoid(H_asr) - 1 where `squash` is "sigmoid": more weight where speech is unclear."""
+
+    needs_sums: ClassVar[bool] = False
 
     squash: Literal["vocabulary", "sigmoid"] = "sigmoid"
 
@@ -102,6 +116,8 @@ class EntropyGate:
 class ConfidenceGate:
     """(1 - max P_asr) ** power."""
 
+    needs_sums: ClassVar[bool] = False
+
     power: float = 1.0
 
     def __post_init__(self) -> None:
@@ -114,6 +130,8 @@ class ConfidenceGate:
 @dataclass(frozen=True)
 class MarginGate:
     """sigmoid((threshold - margin) / width), margin = nats between the two best acoustic tokens."""
+
+    needs_sums: ClassVar[bool] = False
 
     threshold: float = 2.0
     width: float = 1.0
@@ -130,6 +148,8 @@ class MarginGate:
 class InverseEntropyGate:
     """H_asr / (H_asr + H_lm): trust the language model only where it is itself sure."""
 
+    needs_sums: ClassVar[bool] = False
+
     def shares(self, view: StepView) -> Tensor:
         own = view.acoustic.entropy
         found = [own / (own + language.entropy).clamp_min(1e-9) for language in view.language]
@@ -139,6 +159,8 @@ class InverseEntropyGate:
 @dataclass(frozen=True)
 class AgreementGate:
     """1 where the language model's favourite is among the acoustic model's best `top_k` tokens, else 0."""
+
+    needs_sums: ClassVar[bool] = False
 
     top_k: int = 10
 
@@ -154,6 +176,33 @@ class AgreementGate:
             favourite = own.argmax(dim=1, keepdim=True)
             found.append((acoustic > acoustic.gather(1, favourite)).sum(dim=1) < self.top_k)
         return torch.stack(found, dim=1).float()
+
+
+@dataclass(frozen=True)
+class EvidenceGate:
+    """sigmoid(scale * (log P_lm(y) - log P_ilm(y) - margin * tokens)), y = the best live hypothesis so far.
+
+    A language model earns its weight by predicting what is being said better, by `margin` nats per token, than the
+    decoder's own language model does; one of the wrong domain loses it. All rows of an utterance share it, so that
+    their totals stay comparable. Source: ours; Bayesian interpolation with the internal LM as the rival.
+    """
+
+    needs_sums: ClassVar[bool] = True
+
+    scale: float = 0.5
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+        require(math.isfinite(self.margin), f"margin must be finite, got {self.margin!r}.")
+
+    def shares(self, view: StepView) -> Tensor:
+        assert view.sums is not None
+        best = view.sums[:: view.beam_size]
+        advantage = best[:, 1:-1] - best[:, -1:]
+        return torch.sigmoid(self.scale * (advantage - self.margin * view.step)).repeat_interleave(
+            view.beam_size, dim=0
+        )
 
 
 def _in_acoustic_ids(source: Tensor, mapping: Tensor | None, vocab: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ def step_weights(rule: Rule, view: StepView) -> StepWeights:
         return StepWeights(weights)
     shares = _finite(rule.gate.shares(_without_internal(view, bool(subtracted))))
     gated = weights[:, 1 : len(plain)] * shares
-    weights = torch.cat([weights[:, :1], gated, weights[:, len(plain) :]], dim=1)
+    internal = weights[:, len(plain) :] * (shares.amax(dim=1, keepdim=True) if rule.gate.needs_sums else 1.0)
+    weights = torch.cat([weights[:, :1], gated, internal], dim=1)
     if rule.form != "advantage":
         return StepWeights(weights)
     favourites = torch.stack([statistics.max_log_prob for statistics in view.language[: len(plain) - 1]], dim=1)
@@ -55,7 +56,7 @@ def _without_internal(view: StepView, is_last: bool) -> StepView:
     if not is_last:
         return view
     maps = None if view.maps is None else view.maps[:-1]
-    return StepView(view.logits[:-1], view.temperatures[:-1], view.step, maps)
+    return replace(view, logits=view.logits[:-1], temperatures=view.temperatures[:-1], maps=maps)
 
 
 def _finite(values: Tensor) -> Tensor:

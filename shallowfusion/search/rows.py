@@ -44,13 +44,14 @@ class CandidateArrays:
 
 
 class Rows:
-    """Totals of the live rows, and LM log-probs that a `catch_up` rule still owes them."""
+    """Totals of the live rows and, for rules that look back, what each source said of their tokens."""
 
     def __init__(self, plan: SearchPlan, num_sources: int, num_utterances: int) -> None:
         self.plan = plan
         self.num_sources = num_sources
         self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
-        self.owed = np.zeros((num_utterances, 1, num_sources), dtype=np.float64)
+        self.sums = np.zeros((num_utterances, 1, num_sources), dtype=np.float64)
+        self._keeps_sums = plan.rule.catch_up or (plan.rule.gate is not None and plan.rule.gate.needs_sums)
         self._vocab_sizes: list[int] = []
         self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
         self._biases: dict[tuple[int, ...], Tensor | None] = {}
@@ -59,12 +60,13 @@ class Rows:
         """The best continuations of every utterance under the plan's rule."""
         plan, totals = self.plan, self.totals
         if plan.rule.catch_up and step == plan.rule.initial_steps:
-            totals = (totals + self.owed @ np.array([0.0, *plan.rule.lm_weights])).astype(np.float32)
+            lm_sums = self.sums[:, :, 1 : 1 + len(plan.rule.lm_weights)]
+            totals = (totals + lm_sums @ np.array(plan.rule.lm_weights)).astype(np.float32)
         device, vocab = logits[0].device, logits[0].shape[1]
         self._vocab_sizes = [source.shape[1] for source in logits]
         temperatures = plan.temperatures or (1.0,) * len(logits)
         maps = [None if given is None else given.to(device) for given in plan.maps]
-        view = StepView(logits, temperatures, step, maps)
+        view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
         numbers = step_weights(plan.rule, view)
         sums = torch.from_numpy(totals.reshape(-1))
         found = fused_step(
@@ -87,12 +89,12 @@ class Rows:
         return self._arrays(found)
 
     def follow(self, candidates: CandidateArrays, tokens: Array, parents: Array, totals: Array) -> None:
-        """Remember the totals of the new rows and, for `catch_up`, the parts of their tokens."""
-        if self.plan.rule.catch_up:
+        """Remember the totals of the new rows and, for rules that look back, the parts of their tokens."""
+        if self._keeps_sums:
             same_parent = candidates.lanes[:, None] == parents[:, :, None]
             chosen = (same_parent & (candidates.tokens[:, None] == tokens[:, :, None])).argmax(axis=2)
             utterances = np.arange(len(tokens))[:, None]
-            self.owed = self.owed[utterances, parents] + candidates.parts[utterances, chosen]
+            self.sums = self.sums[utterances, parents] + candidates.parts[utterances, chosen]
         self.totals = totals
 
     def own_ids(self, tokens: Array, source: int) -> Array:
@@ -108,7 +110,12 @@ class Rows:
     def keep(self, order: Sequence[int]) -> None:
         """Drop utterances: place i of the new batch holds what was at place order[i]."""
         self.totals = self.totals[list(order)]
-        self.owed = self.owed[list(order)]
+        self.sums = self.sums[list(order)]
+
+    def _sums(self, device: torch.device) -> Tensor | None:
+        if not self._keeps_sums:
+            return None
+        return torch.from_numpy(self.sums.reshape(-1, self.num_sources).astype(np.float32)).to(device)
 
     def _arrays(self, found: Candidates) -> CandidateArrays:
         beam_size = self.totals.shape[1]

@@ -141,6 +141,19 @@ def test_uadf_with_swapped_roles_and_its_constant_baseline() -> None:
     assert step_weights(fusion.late_fusion(0.25, primary="lm"), seen).weights[0].tolist() == pytest.approx([0.2, 0.8])
 
 
+def test_evidence_compares_the_lm_with_the_internal_one_on_the_best_row_of_each_utterance() -> None:
+    rule = fusion.evidence_gate(0.8, ilm_weight=0.2, scale=0.3, margin=0.5)
+    logits = [torch.tensor([UNSURE] * 4).log(), torch.tensor([LM_ROW] * 4).log(), torch.tensor([UNSURE] * 4).log()]
+    sums = torch.tensor([[-1.0, -4.0, -9.0], [-2.0, -50.0, -1.0], [-1.0, -9.0, -4.0], [-2.0, -1.0, -50.0]])
+    seen = StepView(logits, (1.0, 1.0, 1.0), 6, None, sums, beam_size=2)
+    right, wrong = (1 / (1 + math.exp(-0.3 * (advantage - 3.0))) for advantage in (5.0, -5.0))
+    found = step_weights(rule, seen).weights
+    for row, share in enumerate((right, right, wrong, wrong)):
+        assert found[row].tolist() == pytest.approx([1.0, 0.8 * share, -0.2 * share], abs=1e-6)
+    with pytest.raises(InvalidArgumentError, match="ilm_weight must be above 0"):
+        fusion.evidence_gate(0.8, ilm_weight=0.0)
+
+
 def test_rows_with_nan_get_no_say_and_are_flagged_by_the_step() -> None:
     seen = view([[float("nan"), 0.5, 0.5], UNSURE], [LM_ROW, LM_ROW])
     numbers = step_weights(fusion.entropy_gate(0.5), seen)

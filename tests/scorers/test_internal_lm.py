@@ -92,6 +92,23 @@ def test_results_do_not_depend_on_the_batch() -> None:
             assert [h.token_ids for h in alone.n_best] == [h.token_ids for h in together[i].n_best]
 
 
+def test_evidence_is_gathered_per_utterance_and_does_not_depend_on_the_batch() -> None:
+    decoder = tiny_decoder(2)
+    states = random_encoder_output(decoder.acoustic, 6)
+    rule = fusion.evidence_gate(0.8, 0.2, scale=0.2)
+    together = decoder.decode(states, rule=rule, **OPTIONS)
+    assert any(
+        [h.token_ids for h in one.n_best] != [h.token_ids for h in other.n_best]
+        for one, other in zip(
+            together, decoder.decode(states, rule=fusion.internal_lm(0.8, 0.2), **OPTIONS), strict=True
+        )
+    )
+    for i in range(6):
+        alone = decoder.decode(states[i : i + 1], rule=rule, **OPTIONS)[0]
+        assert [h.token_ids for h in alone.n_best] == [h.token_ids for h in together[i].n_best]
+        assert [h.total for h in alone.n_best] == pytest.approx([h.total for h in together[i].n_best], abs=1e-4)
+
+
 def test_reranking_takes_the_internal_lm_from_the_parts() -> None:
     decoder = tiny_decoder(2)
     states = random_encoder_output(decoder.acoustic, 3)
