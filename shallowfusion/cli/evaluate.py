@@ -19,6 +19,7 @@ from shallowfusion.options import DecodingOptions
 __all__ = ["add_parser", "run"]
 
 BASELINE, FUSED = "baseline", "fused"
+INTERRUPTED = 130  # as shells report it
 
 
 def add_parser(commands: Any) -> None:
@@ -48,7 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     from shallowfusion.evaluation.terms import count_terms
 
     _check(arguments)
-    gathered = _read_texts(arguments) if arguments.hypotheses else _transcribe(arguments)
+    try:
+        gathered = _read_texts(arguments) if arguments.hypotheses else _transcribe(arguments)
+    except KeyboardInterrupt:
+        kept = f"the same command goes on from {arguments.results}" if arguments.results else "nothing was stored"
+        print(f"shallowfusion: interrupted; {kept}", file=sys.stderr)
+        return INTERRUPTED
     test_set = gathered.test_set
     found = evaluate(test_set, gathered.texts, gathered.silence)
     counts = None
@@ -63,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             lines += changed_lines(found, system, arguments.show)
         print("\n".join([*([gathered.chosen] if gathered.chosen else []), *lines]))
     for id, reason in gathered.failed.items():
-        print(f"shallowfusion: {id}: {reason}", file=sys.stderr)
+        print(f"shallowfusion: {reason if id in reason else f'{id}: {reason}'}", file=sys.stderr)
     if gathered.failed:
         total = len(gathered.failed) + len(test_set.ids)
         print(f"shallowfusion: {len(gathered.failed)} of {total} recordings failed, see above", file=sys.stderr)
@@ -182,6 +188,10 @@ def _transcribe(arguments: argparse.Namespace) -> _Gathered:
     dev = [] if arguments.dev is None else read_manifest(arguments.dev)
     check_disjoint(dev, recordings)
     options = {weight: _options(arguments, weight) for weight in arguments.try_weights or (None,)}
+    require(
+        arguments.save_nbest is None or all(own.n_best > 1 for own in options.values()),
+        "--save-nbest needs lists of several hypotheses; give --n-best 2 or more.",
+    )
     _test_set(arguments, [r.id for r in spoken], [r.text for r in spoken])  # bad terms end it before hours of decoding
     from shallowfusion.evaluation.stored import HypothesisStore
 

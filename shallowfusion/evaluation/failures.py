@@ -142,11 +142,10 @@ def is_truncated(reference: str, hypothesis: str) -> bool:
 def is_looping(hypothesis: str, reference: str = "") -> bool:
     """Whether a text repeats itself as its reference does not.
 
-    Either it compresses better than openai-whisper allows (ratio above 2.4), or one to eight words stand four times
-    or more in a row, and the reference does neither to the same degree.
+    Either it compresses better than openai-whisper allows (ratio above 2.4) and the reference does not, or one to
+    eight words stand four times or more in a row, and more often than anything does in the reference.
     """
-    ratio = compression_ratio(hypothesis)
-    if ratio > LOOP_COMPRESSION_RATIO and ratio > compression_ratio(reference):
+    if compression_ratio(hypothesis) > LOOP_COMPRESSION_RATIO >= compression_ratio(reference):
         return True
     repeats = _repeats(hypothesis.split())
     return repeats >= LOOP_REPEATS and repeats > _repeats(reference.split())

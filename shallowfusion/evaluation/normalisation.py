@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,19 @@ def _article() -> Normaliser:
         text = _UNIT.sub(lambda match: _UNITS[match.group(1)], text)
         return _plain_words(text.replace("%", " percent "))
 
-    return Normaliser("article", f"{_ARTICLE_VERSION}, numbers of {_transformers_version()}", apply)
+    return Normaliser("article", f"{_ARTICLE_VERSION}, numbers of {_transformers_version()}", _remembering(apply))
 
 
 def _english(spellings: Path | Mapping[str, str] | None) -> Normaliser:
     table, origin = _spelling_table(spellings)
     rules = _whisper_rules().EnglishTextNormalizer(table)
     version = f"{_transformers_version()}, {origin}"
-    return Normaliser("english", version, lambda text: " ".join(str(rules(text)).split()))
+    return Normaliser("english", version, _remembering(lambda text: " ".join(str(rules(text)).split())))
+
+
+def _remembering(function: Callable[[str], str]) -> Callable[[str], str]:
+    """The rules take a millisecond a text, and an evaluation asks for each text several times."""
+    return lru_cache(maxsize=100_000)(function)
 
 
 def _folded(text: str) -> str:

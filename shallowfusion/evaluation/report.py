@@ -24,7 +24,8 @@ def as_data(found: Evaluation, term_counts: Mapping[str, int] | None = None) -> 
     test_set = found.test_set
     data: dict[str, Any] = {
         "utterances": len(test_set.ids),
-        "words": sum(found.baseline.words.lengths),
+        "words": sum(found.baseline.raw_words.lengths),
+        "words_normalised": sum(found.baseline.words.lengths),
         "normaliser": str(test_set.normalise),
         "resampled": "utterances" if test_set.groups is None else "speakers",
         "systems": [_system_data(found, system, term_counts) for system in found.systems],
@@ -44,8 +45,9 @@ def table_lines(found: Evaluation, term_counts: Mapping[str, int] | None = None)
     test_set, width = found.test_set, max(len(system.name) for system in found.systems)
     drawn = "utterances" if test_set.groups is None else "speakers"
     lines = [
-        f"{len(test_set.ids)} utterances, {sum(found.baseline.words.lengths)} words; normaliser {test_set.normalise}; "
-        f"intervals: 95 %, bootstrap over {drawn}",
+        f"{len(test_set.ids)} utterances, {sum(found.baseline.raw_words.lengths)} words, "
+        f"{sum(found.baseline.words.lengths)} after normalisation; normaliser {test_set.normalise}; intervals: 95 %, "
+        f"bootstrap over {drawn}",
         f"{'':{width}}  {'WER':>7}  {'interval':>16}  {'errors':>6}  {'sub':>5} {'del':>5} {'ins':>5}  {'CER':>7}  "
         f"{'WER raw':>7}  {'CER raw':>7}",
     ]

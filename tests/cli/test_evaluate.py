@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shallowfusion.cli.main import main
+from shallowfusion.decoder import FusionDecoder
 from shallowfusion.demo.shipped import HERE, read_manifest
 from shallowfusion.evaluation.nbest import read_nbest
 from tests.shipped import ASR, MEDICAL, clip, decoder
@@ -86,6 +87,18 @@ def test_failing_files_are_listed_and_the_others_evaluated(capsys, tmp_path: Pat
     assert "1 of 2 recordings failed" in err
 
 
+def test_an_interruption_says_where_to_go_on(capsys, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FusionDecoder, "transcribe", interrupted)
+    own = manifest(tmp_path / "test.jsonl", 2)
+    code, out, err = run(capsys, "evaluate", own, "--asr", ASR, "--results", tmp_path / "results.jsonl")
+    assert code == 130
+    assert out == ""
+    assert f"the same command goes on from {tmp_path / 'results.jsonl'}" in err
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -135,6 +148,7 @@ BAD = {
     "nowhere.jsonl cannot be read": ["nowhere.jsonl", "--asr", ASR],
     "is not a directory": ["test.jsonl", "--asr", "./nowhere"],
     "cannot hold results": ["test.jsonl", "--asr", ASR, "--results", "nowhere/results.jsonl"],
+    "give --n-best 2": ["test.jsonl", "--asr", ASR, "--save-nbest", "lists.jsonl"],
     "none of the 1 recordings": ["broken.tsv", "--asr", ASR],
 }  # fmt: skip
 

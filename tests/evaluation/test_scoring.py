@@ -70,7 +70,7 @@ def test_the_table_and_the_data_say_the_same() -> None:
     assert data["term_list"]["absent"] == ["cyst", "heart"]
     assert fused["errors"] == {"u1": 0, "u2": 1, "u3": 0, "u4": 0}
     for words in (
-        "4 utterances, 15 words; normaliser basic",
+        "4 utterances, 15 words, 15 after normalisation; normaliser basic",
         "2 wins, 1 losses, 1 ties",
         "-20.00 points (-75.0 % relative)",
         "u2: 0 -> 1 errors: no {pain -> pane} at all",
