@@ -114,9 +114,15 @@ def _check(arguments: argparse.Namespace) -> None:
             "--hypotheses and --references go together, got one of them.",
         )
         extra = [
-            name for name in ("manifest", "asr", "lm", "dev", "try_weights", "results") if getattr(arguments, name)
+            name
+            for name in ("manifest", "asr", "lm", "dev", "try_weights", "results", "save_nbest")
+            if getattr(arguments, name)
         ]
         require(not extra, f"with --hypotheses no model runs, so {', '.join(extra)} cannot be given.")
+        require(
+            options_from(arguments) == DecodingOptions(),
+            "with --hypotheses no model runs, so decoding options say nothing.",
+        )
     else:
         require(
             arguments.manifest is not None and arguments.asr is not None,

@@ -168,8 +168,9 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _named(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first text under one of the names."""
-    return next((row[name] for name in names if isinstance(row.get(name), str)), None)
+    """The first text under one of the names; a whole number, as some tools write ids, becomes text."""
+    found = (row.get(name) for name in names)
+    return next((str(value) for value in found if isinstance(value, (str, int)) and not isinstance(value, bool)), None)
 
 
 def _first(ids: Sequence[str]) -> str:

@@ -108,6 +108,10 @@ def evaluate(
         InvalidArgumentError: no system, transcripts that do not pair, an empty reference, or terms as in `term_errors`.
     """
     require(bool(systems), "systems must hold at least one system, got none.")
+    require(
+        any(test_set.normalise(reference).split() for reference in test_set.references),
+        f"the normaliser {test_set.normalise.name} leaves no word in any reference; use another.",
+    )
     scored = [_scores(test_set, name, texts, (silence or {}).get(name)) for name, texts in systems.items()]
     baseline = scored[0]
     compared = [_compared(test_set, baseline, system) for system in scored[1:]]

@@ -128,6 +128,8 @@ BAD = {
     "give a MANIFEST": [],
     "give a MANIFEST and --asr": ["test.jsonl"],
     "no model runs, so asr": ["--hypotheses", "h.tsv", "--references", "r.tsv", "--asr", ASR],
+    "decoding options say nothing": ["--hypotheses", "h.tsv", "--references", "r.tsv", "--beam-size", "3"],
+    "leaves no word": ["--hypotheses", "h.tsv", "--references", "um.tsv"],
     "do not pair": ["--hypotheses", "other.tsv", "--references", "r.tsv"],
     "baseline hypotheses do not pair": ["--hypotheses", "h.tsv", "--references", "r.tsv", "--baseline", "other.tsv"],
     "reference of u1 is empty": ["--hypotheses", "h.tsv", "--references", "empty.tsv"],
@@ -161,6 +163,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path: Path, monke
     write(tmp_path / "h.tsv", "u1\tx\n")
     write(tmp_path / "r.tsv", "u1\tx\n")
     write(tmp_path / "other.tsv", "u2\tx\n")
+    write(tmp_path / "um.tsv", "u1\tum\n")
     write(tmp_path / "empty.tsv", "u1\t\n")
     write(tmp_path / "terms.txt", "melanoma\n")
     write(tmp_path / "empty_reference.jsonl", '{"audio": "a.wav", "text": ""}\n')

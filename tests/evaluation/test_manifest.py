@@ -66,6 +66,7 @@ def test_bad_manifests_are_refused(tmp_path: Path, words: str) -> None:
 def test_transcripts_by_id(tmp_path: Path) -> None:
     columns = written(tmp_path / "a.tsv", "u1\thello", "u2\t")
     lines = written(tmp_path / "a.jsonl", {"source": "u1", "text": "hello", "n_best": []}, {"id": "u2", "text": ""})
+    assert read_transcripts(written(tmp_path / "n.jsonl", {"id": 7, "text": "x"}), may_be_empty=False) == {"7": "x"}
     assert read_transcripts(columns, may_be_empty=True) == read_transcripts(lines, may_be_empty=True)
     with pytest.raises(InvalidArgumentError, match="line 2: the reference of u2 is empty"):
         read_transcripts(columns, may_be_empty=False)
