@@ -23,6 +23,7 @@ LEVELS = [
     {"features"},
     {"scorers", "fusion", "kernels"},
     {"search"},
+    {"rescoring"},
     {"options", "results"},
     {"decoder"},
     {"evaluation"},
