@@ -21,6 +21,7 @@ LEVELS = [
     {"audio"},
     {"text"},
     {"features"},
+    {"ngrams"},
     {"scorers", "fusion", "kernels"},
     {"search"},
     {"options", "results"},
@@ -30,7 +31,7 @@ LEVELS = [
     {"cli"},
 ]
 RANK = {part: rank for rank, level in enumerate(LEVELS) for part in level}
-NATIVE_FACES = {"fusion/native_step.py", "search/beam_state.py", "scorers/page_pool.py"}
+NATIVE_FACES = {"fusion/native_step.py", "search/beam_state.py", "scorers/page_pool.py", "ngrams/table.py"}
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
 
 
