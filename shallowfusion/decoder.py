@@ -18,8 +18,14 @@ from shallowfusion.features.log_mel import log_mel
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Timing, Transcription, compression_ratio
 from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.causal_lm import CausalLMScorer
-from shallowfusion.scorers.loading import AcousticModel, choose_device, choose_dtype, load_causal_lm, load_whisper
+from shallowfusion.scorers.loading import (
+    AcousticModel,
+    LanguageModel,
+    choose_device,
+    choose_dtype,
+    load_language_model,
+    load_whisper,
+)
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
 from shallowfusion.text.vocabulary import token_map
@@ -44,7 +50,7 @@ class FusionDecoder:
         VocabularyError: a language model's tokens differ from the acoustic model's.
     """
 
-    def __init__(self, acoustic: AcousticModel, language_models: Sequence[CausalLMScorer] = ()) -> None:
+    def __init__(self, acoustic: AcousticModel, language_models: Sequence[LanguageModel] = ()) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         for model in self.language_models:
@@ -62,7 +68,8 @@ class FusionDecoder:
 
         Args:
             asr: a Whisper-type model.
-            lm: a causal language model on the same tokenizer, or several.
+            lm: a causal language model on the same tokenizer, an n-gram model of its pieces (a file NAME.arpa or
+                NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
 
@@ -74,7 +81,8 @@ class FusionDecoder:
         number = choose_dtype(dtype, where)
         acoustic = load_whisper(str(asr), where, number)
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
-        return cls(acoustic, [load_causal_lm(str(name), where, number) for name in names])
+        vocabulary = acoustic.scorer.vocabulary
+        return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -25,7 +25,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
     parser.add_argument("--asr", required=True, help="Whisper-type model: hub id or local directory")
-    parser.add_argument("--lm", action="append", default=[], help="language model on the same tokenizer; repeatable")
+    parser.add_argument(
+        "--lm",
+        action="append",
+        default=[],
+        help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
