@@ -151,7 +151,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
 def test_characters_of_medical_text_lower_word_errors(tmp_path: Path) -> None:
     clips = read_manifest(HERE / "dev")
     lines = [sentence.text for sentence in read_sentences(SHARED_DATA, MEDICAL_SOURCES, speakable=False)]
-    path = character_file(tmp_path / "medical.arpa.gz", lines[:30000], order=6)
+    path = character_file(tmp_path / "medical.arpa.gz", lines[:15000], order=5)
     references, paths = [entry.text for entry in clips], [entry.path for entry in clips]
     alone = decoder(with_lm=False).transcribe(paths)
     fused = FusionDecoder.from_pretrained(ASR, path, device="cpu").transcribe(paths, lm_weight=0.4, asr_temperature=2.0)
