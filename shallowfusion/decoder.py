@@ -19,9 +19,15 @@ from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Timing, Transcription, compression_ratio
 from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.internal_lm import InternalLMScorer
-from shallowfusion.scorers.loading import AcousticModel, choose_device, choose_dtype, load_causal_lm, load_whisper
+from shallowfusion.scorers.loading import (
+    AcousticModel,
+    LanguageModel,
+    choose_device,
+    choose_dtype,
+    load_language_model,
+    load_whisper,
+)
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
 from shallowfusion.text.vocabulary import text_map, token_map
@@ -51,7 +57,7 @@ class FusionDecoder:
     def __init__(
         self,
         acoustic: AcousticModel,
-        language_models: Sequence[CausalLMScorer] = (),
+        language_models: Sequence[LanguageModel] = (),
         internal_context: Tensor | None = None,
     ) -> None:
         self.acoustic = acoustic
@@ -72,7 +78,8 @@ class FusionDecoder:
 
         Args:
             asr: a Whisper-type model.
-            lm: a causal language model on the same tokenizer, or several.
+            lm: a causal language model on the same tokenizer, an n-gram model of its pieces (a file NAME.arpa or
+                NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
 
@@ -84,7 +91,8 @@ class FusionDecoder:
         number = choose_dtype(dtype, where)
         acoustic = load_whisper(str(asr), where, number)
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
-        return cls(acoustic, [load_causal_lm(str(name), where, number) for name in names])
+        vocabulary = acoustic.scorer.vocabulary
+        return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
 
     @property
     def source_names(self) -> tuple[str, ...]:

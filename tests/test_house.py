@@ -21,6 +21,7 @@ LEVELS = [
     {"audio"},
     {"text"},
     {"features"},
+    {"ngrams", "phrases"},
     {"scorers", "fusion", "kernels"},
     {"search"},
     {"rescoring"},
@@ -31,7 +32,13 @@ LEVELS = [
     {"cli"},
 ]
 RANK = {part: rank for rank, level in enumerate(LEVELS) for part in level}
-NATIVE_FACES = {"fusion/native_step.py", "search/beam_state.py", "scorers/page_pool.py"}
+NATIVE_FACES = {
+    "fusion/native_step.py",
+    "search/beam_state.py",
+    "scorers/page_pool.py",
+    "ngrams/table.py",
+    "phrases/automaton.py",
+}
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
 
 

@@ -114,7 +114,12 @@ def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
 def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Options that say which models run, and where."""
     parser.add_argument("--asr", required=is_required, help="Whisper-type model: hub id or local directory")
-    parser.add_argument("--lm", action="append", default=[], help="language model on the same tokenizer; repeatable")
+    parser.add_argument(
+        "--lm",
+        action="append",
+        default=[],
+        help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
 

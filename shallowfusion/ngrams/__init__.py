@@ -1,0 +1,1 @@
+"""N-gram language models: ARPA files, look-up tables, estimation, words over pieces."""
