@@ -52,29 +52,35 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> tuple[Edit, ..
 
     Substitutions, deletions and insertions cost one each (METHODS 10.1). Price: reference x hypothesis bytes.
     """
-    _, moves = _table(reference, hypothesis, with_moves=True)
+    same = _shared(reference, hypothesis)
+    _, moves = _table(reference[same:], hypothesis[same:], with_moves=True)
     assert moves is not None
     at, to = len(reference), len(hypothesis)
     steps: list[Edit] = []
-    while at or to:
-        if moves[at, to] & DELETE:
+    while at > same or to > same:
+        move = moves[at - same, to - same]
+        if move & DELETE:
             at -= 1
             steps.append(Edit("delete", at, to))
-        elif moves[at, to] & INSERT:
+        elif move & INSERT:
             to -= 1
             steps.append(Edit("insert", at, to))
         else:
             at, to = at - 1, to - 1
             steps.append(Edit("equal" if reference[at] == hypothesis[to] else "substitute", at, to))
-    return tuple(reversed(steps))
+    return (*(Edit("equal", i, i) for i in range(same)), *reversed(steps))
 
 
 def edit_counts(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCounts:
     """Counts of `align`'s alignment without making it: memory grows with the hypothesis alone."""
-    cost, _ = _table(reference, hypothesis, with_moves=False)
-    errors, substitutions = divmod(cost, _unit(reference, hypothesis))
+    before = _shared(reference, hypothesis)
+    own, theirs = reference[before:], hypothesis[before:]
+    after = _shared(own[::-1], theirs[::-1])
+    own, theirs = own[: len(own) - after], theirs[: len(theirs) - after]
+    cost, _ = _table(own, theirs, with_moves=False)
+    errors, substitutions = divmod(cost, _unit(own, theirs))
     gaps = errors - substitutions
-    deletions = (gaps + len(reference) - len(hypothesis)) // 2
+    deletions = (gaps + len(own) - len(theirs)) // 2
     return EditCounts(len(reference) - deletions - substitutions, substitutions, deletions, gaps - deletions)
 
 
@@ -99,6 +105,16 @@ def pairwise_edits(sequences: Sequence[Sequence[str]]) -> npt.NDArray[np.int32]:
         ending = np.flatnonzero(lengths == row + 1)
         found[ending] = costs[ending[:, None], np.arange(count)[None, :], lengths[None, :]]
     return found
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Words both begin with; some best alignment pairs them, so no table is needed there."""
+    count = 0
+    for word, same in zip(one, other, strict=False):
+        if word != same:
+            break
+        count += 1
+    return count
 
 
 def _unit(reference: Sequence[str], hypothesis: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from shallowfusion.config import require
 from shallowfusion.evaluation.alignment import align, edit_counts
@@ -28,7 +29,7 @@ class WordErrors:
     lengths: tuple[int, ...]
     unit: str = "word"
 
-    @property
+    @cached_property
     def errors(self) -> tuple[int, ...]:
         """All errors of each utterance."""
         return tuple(map(sum, zip(self.substitutions, self.deletions, self.insertions, strict=True)))
