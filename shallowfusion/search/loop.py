@@ -17,6 +17,7 @@ from shallowfusion.fusion.step import Backend
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
+from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.rows import Rows
 from shallowfusion.values import Normalize, Unmapped
 
@@ -81,7 +82,12 @@ class SearchOutcome:
 
 
 def search(
-    scorers: Sequence[Scorer], contexts: Sequence[Context], names: Sequence[str], plan: SearchPlan, clock: StageClock
+    scorers: Sequence[Scorer],
+    contexts: Sequence[Context],
+    names: Sequence[str],
+    plan: SearchPlan,
+    clock: StageClock,
+    late: Sequence[CandidateScorer] = (),
 ) -> list[SearchOutcome]:
     """Beam search for argmax over y of sum_t increment(y_t), `fused_step`'s increments, under the plan's length rule.
 
@@ -89,13 +95,14 @@ def search(
 
     Args:
         scorers: the acoustic scorer first; `contexts` and `names` (stages of the clock) likewise.
+        late: fresh sources that score only what survives the fused step; their parts come last.
 
     Returns:
         One outcome per utterance, with at most beam_size hypotheses.
     """
     num_utterances = len(contexts[0].prompts)
-    beams = BeamState(plan.settings, num_utterances, len(scorers))
-    rows = Rows(plan, len(scorers), num_utterances)
+    beams = BeamState(plan.settings, num_utterances, len(scorers) + len(late))
+    rows = Rows(plan, len(scorers), num_utterances, late)
     states = []
     for scorer, context, name in zip(scorers, contexts, names, strict=True):
         with clock(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,43 +13,28 @@ from torch import Tensor
 from shallowfusion.fusion.gates import StepView
 from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
+from shallowfusion.search.candidates import WIDENING, CandidateArrays, CandidateScorer, with_candidate_scores
 from shallowfusion.values import Candidates
 
 if TYPE_CHECKING:
     from shallowfusion.search.loop import SearchPlan
 
-__all__ = ["CandidateArrays", "Rows"]
+__all__ = ["Rows"]
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class CandidateArrays:
-    """Candidates as the beam state takes them.
-
-    Args:
-        totals: float32 [utterances, candidates].
-        lanes: int64 [utterances, candidates], parents as rows of their own utterance.
-        tokens: int64 [utterances, candidates].
-        parts: float32 [utterances, candidates, sources].
-        flagged: bool [utterances]: NaN or +inf was seen.
-    """
-
-    totals: Array
-    lanes: Array
-    tokens: Array
-    parts: Array
-    flagged: Array
 
 
 class Rows:
     """Totals of the live rows and, for rules that look back, what each source said of their tokens."""
 
-    def __init__(self, plan: SearchPlan, num_sources: int, num_utterances: int) -> None:
+    def __init__(
+        self, plan: SearchPlan, num_sources: int, num_utterances: int, scorers: Sequence[CandidateScorer] = ()
+    ) -> None:
         self.plan = plan
+        self.scorers = scorers
         self.num_sources = num_sources
         self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
-        self.sums = np.zeros((num_utterances, 1, num_sources), dtype=np.float64)
+        self.sums = np.zeros((num_utterances, 1, num_sources + len(scorers)), dtype=np.float64)
         self._keeps_sums = plan.rule.catch_up or (plan.rule.gate is not None and plan.rule.gate.needs_sums)
         self._vocab_sizes: list[int] = []
         self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
@@ -74,7 +58,7 @@ class Rows:
             numbers.weights,
             sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
             beam_size=totals.shape[1],
-            top_k=plan.settings.num_candidates,
+            top_k=plan.settings.num_candidates * (WIDENING if self.scorers else 1),
             end_id=plan.end_id,
             temperatures=temperatures,
             maps=maps,
@@ -86,7 +70,10 @@ class Rows:
             normalize=plan.normalize,
             backend=plan.backend,
         )
-        return self._arrays(found)
+        arrays = self._arrays(found)
+        if not self.scorers:
+            return arrays
+        return with_candidate_scores(arrays, self.scorers, plan.settings.num_candidates)
 
     def follow(self, candidates: CandidateArrays, tokens: Array, parents: Array, totals: Array) -> None:
         """Remember the totals of the new rows and, for rules that look back, the parts of their tokens."""
@@ -96,6 +83,8 @@ class Rows:
             utterances = np.arange(len(tokens))[:, None]
             self.sums = self.sums[utterances, parents] + candidates.parts[utterances, chosen]
         self.totals = totals
+        for scorer in self.scorers:
+            scorer.follow(parents, tokens)
 
     def own_ids(self, tokens: Array, source: int) -> Array:
         """Acoustic ids as ids of a source, -1 where it has no such token."""
@@ -111,11 +100,14 @@ class Rows:
         """Drop utterances: place i of the new batch holds what was at place order[i]."""
         self.totals = self.totals[list(order)]
         self.sums = self.sums[list(order)]
+        for scorer in self.scorers:
+            scorer.keep(order)
 
     def _sums(self, device: torch.device) -> Tensor | None:
         if not self._keeps_sums:
             return None
-        return torch.from_numpy(self.sums.reshape(-1, self.num_sources).astype(np.float32)).to(device)
+        own = self.sums[:, :, : self.num_sources].reshape(-1, self.num_sources)
+        return torch.from_numpy(own.astype(np.float32)).to(device)
 
     def _arrays(self, found: Candidates) -> CandidateArrays:
         beam_size = self.totals.shape[1]
