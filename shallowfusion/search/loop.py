@@ -38,6 +38,7 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
     """
 
     settings: BeamSettings
@@ -51,6 +52,7 @@ class SearchPlan:
     min_new_tokens: int = 0
     end_threshold: float | None = None
     length_bonus: float = 0.0
+    no_repeat_ngram_size: int = 0
     backend: Backend = "auto"
 
     @property
@@ -102,7 +104,7 @@ def search(
     """
     num_utterances = len(contexts[0].prompts)
     beams = BeamState(plan.settings, num_utterances, len(scorers) + len(late))
-    rows = Rows(plan, len(scorers), num_utterances, late)
+    rows = Rows(plan, len(scorers), contexts[0].prompts, late)
     states = []
     for scorer, context, name in zip(scorers, contexts, names, strict=True):
         with clock(name):
