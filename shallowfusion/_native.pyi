@@ -68,6 +68,12 @@ class PagePool:
     def slots(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
     def pages(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
 
+# ARPA reader --------------------------------------------------------------------------------------------------------
+
+NgramArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+def read_arpa(*, text: bytes) -> tuple[list[bytes], list[NgramArrays]] | None: ...
+
 # N-gram table -------------------------------------------------------------------------------------------------------
 
 class NgramTable:
@@ -75,7 +81,7 @@ class NgramTable:
         self,
         *,
         num_words: int,
-        orders: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]],
+        orders: Sequence[NgramArrays],
         begin_word: int,
         end_word: int,
         unknown_word: int,
