@@ -24,6 +24,7 @@ LEVELS = [
     {"ngrams", "phrases"},
     {"scorers", "fusion", "kernels"},
     {"search"},
+    {"rescoring"},
     {"options", "results"},
     {"decoder"},
     {"evaluation"},

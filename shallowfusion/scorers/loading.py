@@ -119,7 +119,7 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> Causa
         raise ModelError(f"{name} has no eos_token_id in its configuration; the decoder needs an end token.")
     begin = _single(config.bos_token_id)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, end, end if begin is None else begin, name=name)
-    return CausalLMScorer(model.to(device).eval(), vocabulary)
+    return CausalLMScorer(model.to(device).eval(), vocabulary, tokenizer)
 
 
 def load_language_model(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shallowfusion.errors import VocabularyError
 
-__all__ = ["Vocabulary", "byte_alphabet", "token_bytes", "token_map", "vocabulary_of"]
+__all__ = ["Vocabulary", "byte_alphabet", "text_map", "token_bytes", "token_map", "vocabulary_of"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> 
     shared = min(len(acoustic), len(language))
     if ids == [*range(shared), *[-1] * (len(ids) - shared)]:
         return None
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def text_map(vocabulary: Vocabulary) -> Tensor:
+    """A model's own ids for its text tokens, -1 for the end and special tokens; int32 [size]."""
+    ids = [-1 if token is None or i == vocabulary.end_id else i for i, token in enumerate(vocabulary.tokens)]
     return torch.tensor(ids, dtype=torch.int32)
 
 
