@@ -271,6 +271,7 @@ class FusionDecoder:
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
             length_bonus=options.length_bonus,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
 
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:

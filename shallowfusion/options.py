@@ -36,6 +36,8 @@ class DecodingOptions:
             least end_threshold times that of the best token (>= 1; 1.5 is customary); None switches it off.
         stop_rule: "hf", "whisper" or "espnet".
         min_new_tokens, max_new_tokens: bounds on generated tokens; None = what the model's window leaves.
+        no_repeat_ngram_size: no hypothesis says the same group of that many tokens twice, as in transformers; 0 = it
+            may.
         suppress_tokens: ids never generated; "-1" or -1 = the model's own list, None or () = none.
         suppress_blank: the model's list for the first token (blank and end).
         without_timestamps: only True in this release.
@@ -63,6 +65,7 @@ class DecodingOptions:
     stop_rule: StopRule = "hf"
     min_new_tokens: int = 0
     max_new_tokens: int | None = None
+    no_repeat_ngram_size: int = 0
     suppress_tokens: Sequence[int] | str | int | None = "-1"
     suppress_blank: bool = True
     without_timestamps: bool = True
@@ -122,10 +125,9 @@ class DecodingOptions:
                 isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
                 f"{name} must be finite and above 0, got {value!r}.",
             )
-        require(
-            isinstance(self.min_new_tokens, int) and self.min_new_tokens >= 0,
-            f"min_new_tokens must be an integer >= 0, got {self.min_new_tokens!r}.",
-        )
+        for name in ("min_new_tokens", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, f"{name} must be an integer >= 0, got {value!r}.")
         self._check_rule()
         self.beam_settings(end_id=0, room=448)
 

@@ -92,6 +92,7 @@ def _numbers() -> dict[str, tuple[type, str]]:
         "patience": (float, "stop rule whisper: waits for beam_size * patience hypotheses (default: 1)"),
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
         "max_new_tokens": (int, "no more tokens than this (default: what the model's window leaves)"),
+        "no_repeat_ngram_size": (int, "no group of this many tokens is said twice (default: 0, off)"),
         "asr_temperature": (float, "default: 1"),
         "lm_temperature": (float, "default: 1"),
         "batch_size": (int, "recordings decoded together (default: 8)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from shallowfusion.config import require
@@ -21,7 +21,7 @@ IlmVariant = Literal["zero_encoder", "zero_context", "mean_context", "silence", 
 ILM_VARIANTS: tuple[IlmVariant, ...] = ("zero_encoder", "zero_context", "mean_context", "silence", "trained")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rule:
     """What the fused step weighs: increment[t, v] = asr[t, v] + sum_s lm_weights[s] * share(t) * lm_s[t, v].
 
@@ -130,8 +130,14 @@ class Rule:
         )
         raise AssertionError
 
-    def __str__(self) -> str:
-        return repr(self)
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        shown = [f"{self.lm_weights}"]
+        for entry in fields(self)[2:]:
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                shown.append(f"{entry.name}={value!r}")
+        return f"{self.name}({', '.join(shown)})"
 
 
 def as_weights(weight: float | Sequence[float]) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from shallowfusion.fusion.step import Backend
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
+from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.rows import Rows
 from shallowfusion.values import Normalize, Unmapped
 
@@ -37,6 +38,7 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
     """
 
     settings: BeamSettings
@@ -50,6 +52,7 @@ class SearchPlan:
     min_new_tokens: int = 0
     end_threshold: float | None = None
     length_bonus: float = 0.0
+    no_repeat_ngram_size: int = 0
     backend: Backend = "auto"
 
     @property
@@ -81,7 +84,12 @@ class SearchOutcome:
 
 
 def search(
-    scorers: Sequence[Scorer], contexts: Sequence[Context], names: Sequence[str], plan: SearchPlan, clock: StageClock
+    scorers: Sequence[Scorer],
+    contexts: Sequence[Context],
+    names: Sequence[str],
+    plan: SearchPlan,
+    clock: StageClock,
+    late: Sequence[CandidateScorer] = (),
 ) -> list[SearchOutcome]:
     """Beam search for argmax over y of sum_t increment(y_t), `fused_step`'s increments, under the plan's length rule.
 
@@ -89,13 +97,14 @@ def search(
 
     Args:
         scorers: the acoustic scorer first; `contexts` and `names` (stages of the clock) likewise.
+        late: fresh sources that score only what survives the fused step; their parts come last.
 
     Returns:
         One outcome per utterance, with at most beam_size hypotheses.
     """
     num_utterances = len(contexts[0].prompts)
-    beams = BeamState(plan.settings, num_utterances, len(scorers))
-    rows = Rows(plan, len(scorers), num_utterances)
+    beams = BeamState(plan.settings, num_utterances, len(scorers) + len(late))
+    rows = Rows(plan, len(scorers), contexts[0].prompts, late)
     states = []
     for scorer, context, name in zip(scorers, contexts, names, strict=True):
         with clock(name):
