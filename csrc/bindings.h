@@ -10,5 +10,6 @@ void bind_fused_step(pybind11::module_& module);
 void bind_beam_state(pybind11::module_& module);
 void bind_page_pool(pybind11::module_& module);
 void bind_ngram_table(pybind11::module_& module);
+void bind_ctc_search(pybind11::module_& module);
 
 }  // namespace shallowfusion

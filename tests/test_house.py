@@ -25,13 +25,20 @@ LEVELS = [
     {"scorers", "fusion", "kernels"},
     {"search"},
     {"options", "results"},
-    {"decoder"},
+    {"decoder", "ctc"},
+    {"compat"},
     {"evaluation"},
     {"demo"},
     {"cli"},
 ]
 RANK = {part: rank for rank, level in enumerate(LEVELS) for part in level}
-NATIVE_FACES = {"fusion/native_step.py", "search/beam_state.py", "scorers/page_pool.py", "ngrams/table.py"}
+NATIVE_FACES = {
+    "fusion/native_step.py",
+    "search/beam_state.py",
+    "scorers/page_pool.py",
+    "ngrams/table.py",
+    "ctc/search.py",
+}
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
 
 
