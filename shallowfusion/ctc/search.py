@@ -107,16 +107,37 @@ class CtcSearch:
         language: CtcLanguage | None = None,
         threads: int | None = None,
     ) -> None:
-        self.alphabet = alphabet
-        self.options = options or CtcOptions()
-        self.language = language
+        self._set(alphabet, options or CtcOptions(), language, threads, _lexicon(language))
+
+    def with_settings(self, options: CtcOptions, language: CtcLanguage | None = None) -> CtcSearch:
+        """A search with other options, and other settings of the same language model, that shares its words."""
+        language = self.language if language is None else language
+        own = self.language
+        require(
+            (own is None) == (language is None)
+            and (own is None or language is None or (own.table is language.table and own.words is language.words)),
+            "with_settings keeps the language model and its words; make a new CtcSearch for others.",
+        )
+        other = object.__new__(CtcSearch)
+        other._set(self.alphabet, options, language, self._threads, self._lexicon)
+        return other
+
+    def _set(
+        self,
+        alphabet: CtcAlphabet,
+        options: CtcOptions,
+        language: CtcLanguage | None,
+        threads: int | None,
+        lexicon: _native.CtcLexicon | None,
+    ) -> None:
+        self.alphabet, self.options, self.language, self._lexicon = alphabet, options, language, lexicon
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = available if threads is None else integer("threads", threads, 1, 1024)
-        check_settings(alphabet, self.options, language)
+        check_settings(alphabet, options, language)
         words = label_words(alphabet, language)
         labels = [(*piece, word) for piece, word in zip(alphabet.pieces, words, strict=True)]
         self._native = _native.CtcSearch(
-            labels=labels, rules=_rules(alphabet, self.options, language), language=_language(self.options, language)
+            labels=labels, rules=_rules(alphabet, options, language), language=_language(options, language, lexicon)
         )
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> Any:
@@ -203,7 +224,13 @@ def _rules(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | N
     return rules
 
 
-def _language(options: CtcOptions, language: CtcLanguage | None) -> Any:
+def _lexicon(language: CtcLanguage | None) -> _native.CtcLexicon | None:
+    if language is None or language.unit == "labels":
+        return None
+    return _native.CtcLexicon(words=known_words(language))
+
+
+def _language(options: CtcOptions, language: CtcLanguage | None, lexicon: _native.CtcLexicon | None) -> Any:
     native = _native.CtcLanguage()
     native.word_bonus = options.word_bonus
     native.label_bonus = options.length_bonus
@@ -217,8 +244,9 @@ def _language(options: CtcOptions, language: CtcLanguage | None) -> Any:
         native.unknown_prefix = language.unknown_prefix
         native.score_end = language.score_boundary
         native.score_empty_word = language.score_empty_word
-        lexicon = _native.CtcLexicon(words=known_words(language)) if language.unit == "words" else None
-        native.set_table(table=language.table.native, lexicon=lexicon)  # type: ignore[attr-defined]
+        table: Any = getattr(language.table, "native", None)
+        require(table is not None, f"the table must be an NgramTable, got {type(language.table).__name__}.")
+        native.set_table(table=table, lexicon=lexicon)
     return native
 
 

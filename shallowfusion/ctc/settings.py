@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +92,30 @@ class CtcAlphabet:
     def is_ambiguous(self) -> bool:
         """Whether different labels may spell the same text."""
         texts = [piece.text for number, piece in enumerate(self.pieces) if number not in (self.blank, self.delimiter)]
-        return len(set(texts)) < len(texts) or any(len(text) != 1 for text in texts)
+        return len(set(texts)) < len(texts) or "" in texts or not is_uniquely_decodable(texts)
+
+
+def is_uniquely_decodable(texts: Collection[str]) -> bool:
+    """Whether no two sequences of texts, none of them empty, are the same side by side.
+
+    Source: Sardinas and Patterson 1953.
+    """
+    ordered = sorted(set(texts))
+    codes = set(ordered)
+    seen: set[str] = set()
+    rests = {text[n:] for text in ordered for n in range(1, len(text)) if text[:n] in codes}
+    while rests:
+        if rests & codes:
+            return False
+        seen |= rests
+        found = {rest[n:] for rest in rests for n in range(1, len(rest)) if rest[:n] in codes}
+        for rest in rests:
+            at = bisect_left(ordered, rest)
+            while at < len(ordered) and ordered[at].startswith(rest):
+                found.add(ordered[at][len(rest) :])
+                at += 1
+        rests = found - seen
+    return True
 
 
 @dataclass(frozen=True, eq=False)
