@@ -37,6 +37,7 @@ CtcUtterance::CtcUtterance(const CtcModel& model, uint32_t start_state)
   live_[0].blank.value = live_[0].blank.best = 1.0;
   prefixes_[0].live = 0;
   row_.resize(model.labels.size());
+  probs_.resize(model.labels.size(), Prob{-1, 0.0});
 }
 
 // Reads one frame; a bad one sets the error.
@@ -109,7 +110,12 @@ void CtcUtterance::prune_labels(int32_t best_label) {
   }
 }
 
-double CtcUtterance::prob(int32_t label) const { return std::exp(row_[label] - largest_); }
+// Over the largest of the frame; most labels are never asked for.
+double CtcUtterance::prob(int32_t label) {
+  Prob& known = probs_[label];
+  if (known.frame != frame_) known = {frame_, std::exp(row_[label] - largest_)};
+  return known.value;
+}
 
 // A prefix at which another delimiter changes nothing.
 bool CtcUtterance::is_boundary(int32_t node) const {

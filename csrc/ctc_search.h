@@ -91,6 +91,11 @@ class CtcUtterance {
     uint8_t which;  // 1: blank, 2: label, 3: both
   };
 
+  struct Prob {
+    int64_t frame;  // it was worked out for
+    double value;
+  };
+
   struct PathNode {
     int32_t previous, start, end;
   };
@@ -104,7 +109,7 @@ class CtcUtterance {
 
   bool read(const char* frame, bool half, int64_t stride);
   void prune_labels(int32_t best_label);
-  double prob(int32_t label) const;
+  double prob(int32_t label);
   double combine(double one, double other) const { return model_->rules.use_max ? (one < other ? other : one) : one + other; }
   bool is_boundary(int32_t node) const;
   void stay();
@@ -137,6 +142,7 @@ class CtcUtterance {
   // Scratch of one frame, kept to save allocations.
   std::vector<float> row_;  // log-probs, -inf where pruned
   double largest_ = 0.0;    // of the row
+  std::vector<Prob> probs_;
   std::vector<std::pair<double, int32_t>> sorted_labels_;
   std::vector<Entry> next_;
   std::vector<int64_t> orders_;
