@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.report import table
 from bench.timing import Measurement, measurements, take_turns
 
 __all__ = ["SHAPES", "Pair", "generate", "make_pair", "ours", "run"]
@@ -169,28 +168,29 @@ def fuse(scores: Tensor, logits: Tensor) -> Tensor:
     return scores
 
 
-def run(device: str, quick: bool) -> list[Measurement]:
+def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     """Ours against generate with no LM, an uncached and a cached LM; same hypotheses are asserted first."""
     name = "tiny" if quick else "whisper-small.en+gpt2"
     pair = make_pair(SHAPES[name], device)
-    rows: list[Measurement] = []
     tokens = 6 if quick else 16
-    grid = [(1, 5)] if quick else [(1, 5), (4, 5), (8, 5), (1, 1), (1, 2), (1, 10)]
-    for utterances, beam_size in grid:
-        states = encoder_output(SHAPES[name], utterances).to(device)
-        providers = providers_of(pair, states, beam_size, tokens, with_uncached=(utterances, beam_size) == (1, 5))
-        shape = f"{name} utterances={utterances} beams={beam_size} tokens={tokens} threads={torch.get_num_threads()}"
-        found = {key: call() for key, call in providers.items()}
-        fused = {str(value) for key, value in found.items() if "no LM" not in key}
-        plain = {str(value) for key, value in found.items() if "no LM" in key}
-        if len(fused) != 1 or len(plain) != 1:
-            raise AssertionError(f"hypotheses differ at {shape}: no speed is reported")
-        seconds = take_turns(providers, repeats=3, warm_up=0, device=device)  # the check above has warmed up
-        rows += measurements("decode", shape, "float32", seconds, "shallowfusion")
-        print(table(rows[-len(providers) :]), file=sys.stderr, flush=True)
+    for utterances, beam_size in [(1, 5)] if quick else [(1, 5), (4, 5), (1, 1), (1, 2), (1, 10), (8, 5)]:
+        yield compare(pair, name, utterances, beam_size, tokens, device)
     if not quick and device == "cpu":
-        rows += memory_rows(name, tokens)
-    return rows
+        for utterances in (1, 4, 8):
+            yield memory_rows(name, utterances, tokens)
+
+
+def compare(pair: Pair, name: str, utterances: int, beam_size: int, tokens: int, device: str) -> list[Measurement]:
+    states = encoder_output(SHAPES[name], utterances).to(device)
+    providers = providers_of(pair, states, beam_size, tokens, with_uncached=(utterances, beam_size) == (1, 5))
+    shape = f"{name} utterances={utterances} beams={beam_size} tokens={tokens} threads={torch.get_num_threads()}"
+    found = {key: call() for key, call in providers.items()}
+    fused = {str(value) for key, value in found.items() if "no LM" not in key}
+    plain = {str(value) for key, value in found.items() if "no LM" in key}
+    if len(fused) != 1 or len(plain) != 1:
+        raise AssertionError(f"hypotheses differ at {shape}: no speed is reported")
+    seconds = take_turns(providers, repeats=3, warm_up=0, device=device)  # the check above has warmed up
+    return measurements("decode", shape, "float32", seconds, "shallowfusion")
 
 
 def encoder_output(shape: Shape, utterances: int) -> Tensor:
@@ -211,17 +211,16 @@ def providers_of(
     return providers
 
 
-def memory_rows(name: str, tokens: int) -> list[Measurement]:
+def memory_rows(name: str, utterances: int, tokens: int) -> list[Measurement]:
     """Peak resident memory of one decode in a process of its own, less that of the loaded models."""
     rows = []
-    for utterances in (1, 4, 8):
-        for provider in ("shallowfusion", "generate, cached LM"):
-            command = [sys.executable, "-m", "bench.decode", name, provider, str(utterances), str(tokens)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            shape = f"{name} utterances={utterances} beams=5 tokens={tokens}"
-            nan = float("nan")
-            peak = float(done.stdout.split()[-1])
-            rows.append(Measurement("memory", shape, "float32", provider, nan, nan, nan, peak_memory_mb=peak))
+    for provider in ("shallowfusion", "generate, cached LM"):
+        command = [sys.executable, "-m", "bench.decode", name, provider, str(utterances), str(tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        shape = f"{name} utterances={utterances} beams=5 tokens={tokens}"
+        nan = float("nan")
+        peak = float(done.stdout.split()[-1])
+        rows.append(Measurement("memory", shape, "float32", provider, nan, nan, nan, peak_memory_mb=peak))
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -57,11 +59,10 @@ def ours(acoustic: Tensor, language: Tensor, totals: Tensor, weights: Tensor, be
     return found.totals
 
 
-def run(device: str, quick: bool) -> list[Measurement]:
+def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     """Every size and dtype; one thread on the CPU, both sides. Totals are compared with torch's first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
     for utterances, beam_size in SIZES[:2] if quick else SIZES:
         for name, dtype in DTYPES.items():
             count = utterances * beam_size
@@ -82,6 +83,5 @@ def run(device: str, quick: bool) -> list[Measurement]:
             size = sum(source.numel() * source.element_size() for source in (acoustic, language))
             speed = {n: size / 1e9 / sorted(own)[len(own) // 2] for n, own in seconds.items()}
             shape = f"utterances={utterances} beams={beam_size} vocab={ACOUSTIC_VOCAB}+{LANGUAGE_VOCAB} threads=1"
-            rows += measurements("fused_step", shape, name, seconds, "fused_step", gigabytes_per_second=speed)
+            yield measurements("fused_step", shape, name, seconds, "fused_step", gigabytes_per_second=speed)
     torch.set_num_threads(threads)
-    return rows

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
 from bench.timing import ROOT, machine
 from shallowfusion import DecodingOptions, FusionDecoder
+from shallowfusion.demo.recordings import an4_recordings
 from shallowfusion.demo.shipped import model_directory
 from shallowfusion.evaluation import word_errors
 
-__all__ = ["main", "read_an4"]
-
-
-def read_an4(data: Path, part: str) -> list[tuple[Path, str]]:
-    """Recordings and transcripts; "dev" is every tenth speaker of the train directory, whom no model has heard."""
-    prefix = f"audio/an4/{'test' if part == 'test' else 'train'}/"
-    lines = (data / "audio" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [entry for entry in map(json.loads, lines) if entry["path"].startswith(prefix)]
-    held_out = set(sorted({entry["speaker"] for entry in entries})[::10])
-    chosen = [entry for entry in entries if part == "test" or entry["speaker"] in held_out]
-    return [(data / entry["path"], entry["text"].lower()) for entry in chosen]
+__all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("asr", "asr_an4"):
         decoder = FusionDecoder.from_pretrained(model_directory(name))
         for part in ("dev", "test"):
-            pairs = read_an4(chosen.data, part)
+            pairs = [(path, text.lower()) for path, text in an4_recordings(chosen.data, part)]
             for beam_size in (1, 5):
                 results = decoder.transcribe([path for path, _ in pairs], DecodingOptions(beam_size=beam_size))
                 found = word_errors([text for _, text in pairs], [result.text for result in results])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import ctc, decode, fused_step
+from bench import ctc, decode, fused_step, rescoring
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -17,13 +17,13 @@ class Case:
 
     Args:
         name: used on the command line.
-        run: (device, quick) -> rows.
+        run: (device, quick) -> rows, a list after each shape, so that a run cut short keeps what it measured.
         tests: files that must pass first; the second is for CUDA.
         devices: where it can run.
     """
 
     name: str
-    run: Callable[[str, bool], list[Measurement]]
+    run: Callable[[str, bool], Iterator[list[Measurement]]]
     tests: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -32,4 +32,5 @@ CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
     Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
+    Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
 )

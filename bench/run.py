@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"bench: the tests of {case.name} are red, so no speed is printed", file=sys.stderr)
             failed = 1
             continue
-        rows = case.run(chosen.device, chosen.quick)
-        print(table(rows))
-        if not (chosen.quick or chosen.no_save):
-            save(rows, chosen.device, ROOT / "bench" / "results" / f"{chosen.device}.csv")
+        for rows in case.run(chosen.device, chosen.quick):
+            print(table(rows), flush=True)
+            if not (chosen.quick or chosen.no_save):
+                save(rows, chosen.device, ROOT / "bench" / "results" / f"{chosen.device}.csv")
     return failed
 
 

@@ -98,6 +98,25 @@ class NgramTable:
     def end(self, *, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
     def dense(self, *, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
 
+# Phrase automaton ---------------------------------------------------------------------------------------------------
+
+class PhraseAutomaton:
+    def __init__(
+        self,
+        *,
+        tokens: npt.NDArray[np.int32],
+        credits: npt.NDArray[np.float64],
+        offsets: npt.NDArray[np.int64],
+        phrases: npt.NDArray[np.int64],
+    ) -> None: ...
+    @property
+    def num_states(self) -> int: ...
+    def step(
+        self, *, states: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
+    def advance(self, *, states: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+    def refunds(self, *, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
+
 # Fused step ---------------------------------------------------------------------------------------------------------
 
 # (address, dtype code, vocabulary, row stride, temperature, map or None, policy code, floor)

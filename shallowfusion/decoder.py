@@ -15,15 +15,23 @@ from shallowfusion.audio.reading import read_audio
 from shallowfusion.config import require
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
+from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Timing, Transcription, compression_ratio
 from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.causal_lm import CausalLMScorer
-from shallowfusion.scorers.loading import AcousticModel, choose_device, choose_dtype, load_causal_lm, load_whisper
+from shallowfusion.scorers.internal_lm import InternalLMScorer
+from shallowfusion.scorers.loading import (
+    AcousticModel,
+    LanguageModel,
+    choose_device,
+    choose_dtype,
+    load_language_model,
+    load_whisper,
+)
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
-from shallowfusion.text.vocabulary import token_map
-from shallowfusion.values import Hypothesis, Normalize, Token, Unmapped
+from shallowfusion.text.vocabulary import text_map, token_map
+from shallowfusion.values import Hypothesis, Token, Unmapped
 
 __all__ = ["FusionDecoder"]
 
@@ -39,14 +47,22 @@ class FusionDecoder:
     Args:
         acoustic: the acoustic model.
         language_models: on the acoustic model's tokenizer; one weight of the rule belongs to each.
+        internal_context: float [frames, size], trained to stand for "no recording", for
+            fusion.internal_lm(variant="trained").
 
     Raises:
         VocabularyError: a language model's tokens differ from the acoustic model's.
     """
 
-    def __init__(self, acoustic: AcousticModel, language_models: Sequence[CausalLMScorer] = ()) -> None:
+    def __init__(
+        self,
+        acoustic: AcousticModel,
+        language_models: Sequence[LanguageModel] = (),
+        internal_context: Tensor | None = None,
+    ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
+        self.internal_context = internal_context
         for model in self.language_models:
             token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
@@ -62,7 +78,8 @@ class FusionDecoder:
 
         Args:
             asr: a Whisper-type model.
-            lm: a causal language model on the same tokenizer, or several.
+            lm: a causal language model on the same tokenizer, an n-gram model of its pieces (a file NAME.arpa or
+                NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
 
@@ -74,13 +91,18 @@ class FusionDecoder:
         number = choose_dtype(dtype, where)
         acoustic = load_whisper(str(asr), where, number)
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
-        return cls(acoustic, [load_causal_lm(str(name), where, number) for name in names])
+        vocabulary = acoustic.scorer.vocabulary
+        return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
 
     @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the parts: "asr", then "lm", or "lm0", "lm1", ... for several."""
         count = len(self.language_models)
         return ("asr", "lm") if count == 1 else ("asr", *(f"lm{i}" for i in range(count)))
+
+    def names_under(self, rule: Rule) -> tuple[str, ...]:
+        """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
+        return (*self.source_names, "ilm") if rule.ilm_weight else self.source_names
 
     def transcribe(self, recordings: Any, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
         """Transcribe recordings of up to the model's window (30 s for Whisper).
@@ -195,32 +217,55 @@ class FusionDecoder:
         plan = self._plan(options, max(len(prefix) for prefix in prefixes))
         width, longest = options.beam_size, plan.settings.max_new_tokens
         scorers: list[Scorer] = [self.acoustic.scorer, *self.language_models]
-        contexts = [Context(prefixes, width, longest, encoder_output)]
+        heard = Context(prefixes, width, longest, encoder_output)
+        contexts = [heard]
         contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in self.language_models]
-        outcomes = search(scorers, contexts, self.source_names, plan, clock)
+        if plan.rule.ilm_weight:
+            scorers.append(self._internal_lm(plan.rule.ilm_variant))
+            contexts.append(heard)
+        names = self.names_under(plan.rule)
+        outcomes = search(scorers, contexts, names, plan, clock)
         with clock("text"):
             return [
-                (self._hypotheses(outcome, options.n_best), language, plan.rule)
+                (self._hypotheses(outcome, names, options.n_best), language, plan.rule)
                 for outcome, language in zip(outcomes, languages, strict=True)
             ]
 
+    def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
+        if variant == "trained":
+            require(
+                self.internal_context is not None,
+                'internal_lm(variant="trained") needs a trained context; give internal_context=... to the decoder.',
+            )
+            return InternalLMScorer(self.acoustic.scorer, variant, self.internal_context)
+        if variant != "silence":
+            return InternalLMScorer(self.acoustic.scorer, variant)
+        samples = torch.zeros(self.acoustic.features.chunk_samples)
+        silence = self.acoustic.scorer.encode(log_mel([samples], self.acoustic.features))[0]
+        return InternalLMScorer(self.acoustic.scorer, variant, silence)
+
     def _plan(self, options: DecodingOptions, prefix_length: int) -> SearchPlan:
         rule = options.resolved_rule(len(self.language_models))
-        policy = options.end_policy or rule.end_policy or "end_factored"
+        policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
         maps = [token_map(acoustic.vocabulary, lm.vocabulary, include_end) for lm in self.language_models]
-        unmapped = Unmapped("floor", 0.0) if policy == "asr_only" else Unmapped("neutral")
-        normalize: Normalize = "end_factored" if policy == "end_factored" and self.language_models else "none"
+        nothing = Unmapped("floor", 0.0)
+        unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
+        temperatures = [options.asr_temperature, *[options.lm_temperature] * len(maps)]
+        if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
+            maps.append(text_map(acoustic.vocabulary))
+            unmapped.append(nothing)
+            temperatures.append(1.0)
         room = acoustic.window - prefix_length
         require(room >= 1, f"the prompt takes all {acoustic.window} positions of the model; shorten initial_prompt.")
         return SearchPlan(
             settings=options.beam_settings(tokens.end, room),
             rule=rule,
             maps=(None, *maps),
-            unmapped=(unmapped,) * (1 + len(maps)),
-            normalize=normalize,
-            temperatures=(options.asr_temperature, *[options.lm_temperature] * len(maps)),
+            unmapped=tuple(unmapped),
+            normalize=rule.normalize(policy) if self.language_models or rule.ilm_weight else "none",
+            temperatures=tuple(temperatures),
             suppressed=self._suppressed(options),
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
@@ -286,10 +331,10 @@ class FusionDecoder:
         ids = self.acoustic.tokenizer.encode(text, add_special_tokens=False)
         return [int(previous), *ids[-(self.acoustic.scorer.window // 2 - 1) :]]  # type: ignore[arg-type]
 
-    def _hypotheses(self, outcome: SearchOutcome, count: int) -> tuple[Hypothesis, ...]:
-        return tuple(self._hypothesis(found, outcome.saw_nan) for found in outcome.hypotheses[:count])
+    def _hypotheses(self, outcome: SearchOutcome, names: Sequence[str], count: int) -> tuple[Hypothesis, ...]:
+        return tuple(self._hypothesis(found, names, outcome.saw_nan) for found in outcome.hypotheses[:count])
 
-    def _hypothesis(self, found: FinishedHypothesis, saw_nan: bool) -> Hypothesis:
+    def _hypothesis(self, found: FinishedHypothesis, names: Sequence[str], saw_nan: bool) -> Hypothesis:
         tokenizer, end = self.acoustic.tokenizer, self.acoustic.tokens.end
         ids = list(found.token_ids)
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -298,10 +343,10 @@ class FusionDecoder:
             ids, texts = [*ids, end], [*texts, ""]
         parts = found.parts.astype(float)
         tokens = tuple(
-            Token(i, t, float(total), dict(zip(self.source_names, row.tolist(), strict=True)))
+            Token(i, t, float(total), dict(zip(names, row.tolist(), strict=True)))
             for i, t, total, row in zip(ids, texts, found.token_totals, parts, strict=True)
         )
-        sums = dict(zip(self.source_names, parts.sum(axis=0).tolist(), strict=True))
+        sums = dict(zip(names, parts.sum(axis=0).tolist(), strict=True))
         flags = {
             "forced_finish": not found.ended,
             "truncation": found.ended and parts[-1, 0] < TRUNCATION_LOG_PROB,

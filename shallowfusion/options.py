@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from shallowfusion.config import BeamSettings, StopRule, require
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.fusion.rules import END_POLICIES, EndPolicy, Rule, piecewise, static
+from shallowfusion.fusion.catalogue import piecewise, static
+from shallowfusion.fusion.rules import END_POLICIES, EndPolicy, Rule
 
 __all__ = ["DecodingOptions"]
 
@@ -30,7 +31,7 @@ class DecodingOptions:
             and a number GNMT's ((5 + length) / 6) ** length_penalty.
         patience: stop_rule="whisper" waits for round(beam_size * patience) finished hypotheses.
         early_stopping: stop_rule="hf": False, True or "never", as in transformers.
-        end_policy: what language models say of the end token; None = the rule's own or "end_factored".
+        end_policy: what language models say of the end token; None = the rule's own or "neutral".
         end_threshold: with an LM that has a say, the end token is a candidate only if its acoustic log-prob is at
             least end_threshold times that of the best token (>= 1; 1.5 is customary); None switches it off.
         stop_rule: "hf", "whisper" or "espnet".

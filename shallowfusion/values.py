@@ -129,7 +129,8 @@ class Token:
         id: in the acoustic vocabulary.
         text: what it adds to the text; "" for the end token.
         total: its increment of the hypothesis's total, nats.
-        parts: each source's own log-prob of it, unweighted, by source name ("asr", "lm", ...).
+        parts: each source's own log-prob of it, unweighted, by source name ("asr", "lm", ...); where a source has no
+            counterpart for it, or the end policy sets it apart, what was charged in its place.
     """
 
     id: int

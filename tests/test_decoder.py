@@ -80,8 +80,18 @@ def test_parts_equal_the_models_own_log_probs() -> None:
     context = torch.cat([torch.tensor([lm.vocabulary.end_id]), ids[:-1]])[None]
     with torch.inference_mode():
         log_probs = torch.log_softmax(lm.model(input_ids=context).logits[0], dim=-1)
-    expected = log_probs[torch.arange(len(ids)), ids].tolist()
-    assert [token.parts["lm"] for token in best.tokens] == pytest.approx(expected, abs=1e-3)
+    expected = log_probs[torch.arange(len(ids)), ids]
+    expected[-1] = log_probs[-1].max()  # a neutral end costs what the favourite costs
+    assert [token.parts["lm"] for token in best.tokens] == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_the_internal_lm_can_be_what_the_model_says_to_silence() -> None:
+    model = decoder()
+    rule = fusion.internal_lm(0.8, 0.2, "silence")
+    best = model.transcribe([clip(2)], beam_size=3, rule=rule)[0].best
+    wanted = best.parts["asr"] + 0.8 * best.parts["lm"] - 0.2 * best.parts["ilm"]
+    assert best.total == pytest.approx(wanted, abs=1e-3)
+    assert best.parts["ilm"] < 0
 
 
 def test_results_take_the_shapes_of_other_libraries() -> None:

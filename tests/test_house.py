@@ -21,9 +21,10 @@ LEVELS = [
     {"audio"},
     {"text"},
     {"features"},
-    {"ngrams"},
+    {"ngrams", "phrases"},
     {"scorers", "fusion", "kernels"},
     {"search"},
+    {"rescoring"},
     {"options", "results"},
     {"decoder", "ctc"},
     {"compat"},
@@ -38,6 +39,7 @@ NATIVE_FACES = {
     "scorers/page_pool.py",
     "ngrams/table.py",
     "ctc/search.py",
+    "phrases/automaton.py",
 }
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from shallowfusion import __version__
-from shallowfusion.cli import demo, transcribe
+from shallowfusion.cli import build_ngram, demo, evaluate, transcribe
 from shallowfusion.errors import ShallowFusionError
 
 __all__ = ["main"]
@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="log what happens on the way")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     transcribe.add_parser(commands)
+    evaluate.add_parser(commands)
     demo.add_parser(commands)
+    build_ngram.add_parser(commands)
     chosen = parser.parse_args(arguments)
     if not chosen.verbose:
         # Known to transformers before it is imported; its own bars would mix with our output.

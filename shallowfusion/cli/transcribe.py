@@ -11,7 +11,7 @@ from shallowfusion.fusion import Rule, piecewise, static
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
 
-__all__ = ["add_parser", "options_from", "run"]
+__all__ = ["add_decoding_options", "add_model_options", "add_parser", "options_from", "progress", "run"]
 
 NUMBER = {"int": int, "float": float}
 
@@ -24,12 +24,9 @@ def add_parser(commands: Any) -> None:
         "models. Exit code 2 if any recording fails; the others are transcribed all the same.",
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
-    parser.add_argument("--asr", required=True, help="Whisper-type model: hub id or local directory")
-    parser.add_argument("--lm", action="append", default=[], help="language model on the same tokenizer; repeatable")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
-    _add_options(parser)
+    add_decoding_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -40,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
     failed = 0
     batches = range(0, len(arguments.recordings), options.batch_size)
-    for start in _progress(batches, len(arguments.recordings)):
+    for start in progress(batches, f"{len(arguments.recordings)} recordings"):
         for result in decoder.transcribe(arguments.recordings[start : start + options.batch_size], options):
             failed += result.error is not None
             _show(result, arguments.json, len(arguments.recordings) > 1)
@@ -104,8 +101,8 @@ def _numbers() -> dict[str, tuple[type, str]]:
 def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
     return {
         "end_policy": (
-            ("end_factored", "neutral", "lm", "asr_only"),
-            "what language models say of the end token (default: end_factored)",
+            ("neutral", "end_factored", "lm", "asr_only"),
+            "what language models say of the end token (default: neutral)",
         ),
         "stop_rule": (("hf", "whisper", "espnet"), "default: hf"),
         "task": (("transcribe", "translate"), "default: transcribe"),
@@ -114,7 +111,21 @@ def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
     }
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
+    """Options that say which models run, and where."""
+    parser.add_argument("--asr", required=is_required, help="Whisper-type model: hub id or local directory")
+    parser.add_argument(
+        "--lm",
+        action="append",
+        default=[],
+        help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """The options `options_from` reads."""
     group = parser.add_argument_group("decoding options")
     group.add_argument(
         "--lm-weight", type=float, action="append", default=[], metavar="W", help="one per --lm (default: 0.24)"
@@ -151,9 +162,10 @@ def _show(result: Transcription, as_json: bool, with_name: bool) -> None:
         print(f"{result.source}: {result.text}{alarm}" if with_name else f"{result.text}{alarm}", flush=True)
 
 
-def _progress(batches: Any, recordings: int) -> Any:
+def progress(batches: Any, title: str) -> Any:
+    """The batches, with a bar on standard error if that is a terminal and there are several."""
     if len(batches) < 2 or not sys.stderr.isatty():
         return batches
     from tqdm import tqdm
 
-    return tqdm(batches, unit="batch", desc=f"{recordings} recordings")
+    return tqdm(batches, unit="batch", desc=title)

@@ -10,10 +10,11 @@ import torch
 
 from shallowfusion.demo.acoustic_model import JointModel, load_acoustic_model
 from shallowfusion.demo.corpus import EVALUATION_SOURCES, GENERAL_SOURCES, MEDICAL_SOURCES, held_out_sentences
-from shallowfusion.demo.evaluation import transcribe_attention, transcribe_ctc, word_error_rate
+from shallowfusion.demo.evaluation import transcribe_attention, transcribe_ctc
 from shallowfusion.demo.lm_training import load_lm, nats_per_token
 from shallowfusion.demo.recordings import read_an4, read_clips
 from shallowfusion.demo.synthesis import Utterance
+from shallowfusion.evaluation.word_errors import word_errors
 
 __all__ = ["write_cards"]
 
@@ -156,7 +157,7 @@ def _write_acoustic_card(
             transcribe_attention(model, utterances, num_beams=5),
             transcribe_ctc(model, utterances),
         )
-        cells = " | ".join(str(word_error_rate(references, texts)) for texts in outputs)
+        cells = " | ".join(str(word_errors(references, texts)) for texts in outputs)
         lines.append(f"| {name} ({len(utterances)}) | {cells} |")
         print(f"{directory.name}: {lines[-1]}", flush=True)
     figures = "Word error rate of the model alone, full 30 s windows, `transformers` decoding:\n\n" + "\n".join(lines)

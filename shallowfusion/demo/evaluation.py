@@ -1,8 +1,6 @@
-"""Word errors of the acoustic model alone, decoded greedily by either of its two outputs."""
+"""The acoustic model alone, decoded greedily by either of its two outputs."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,49 +10,12 @@ from shallowfusion.demo.acoustic_training import pad_features
 from shallowfusion.demo.synthesis import DEMO_FEATURES, Utterance
 from shallowfusion.demo.vocabulary import BLANK, decode
 
-__all__ = ["WordErrors", "count_word_errors", "transcribe_attention", "transcribe_ctc", "word_error_rate"]
+__all__ = ["transcribe_attention", "transcribe_ctc"]
 
 _BATCH_SIZE = 16
 # No voice says more characters in a second; a decoder that says more has lost its place.
 _TOKENS_PER_SECOND = 20
 _FRAME_SECONDS = DEMO_FEATURES.hop_length / DEMO_FEATURES.sampling_rate
-
-
-@dataclass(frozen=True)
-class WordErrors:
-    """Substitutions, deletions and insertions together, and the words they are counted against."""
-
-    errors: int
-    words: int
-
-    @property
-    def rate(self) -> float:
-        """Word error rate; 1.0 is as many errors as words."""
-        return self.errors / max(1, self.words)
-
-    def __str__(self) -> str:
-        return f"{100.0 * self.rate:.1f} % ({self.errors} of {self.words} words)"
-
-
-def count_word_errors(reference: str, hypothesis: str) -> int:
-    """Fewest word substitutions, deletions and insertions that turn one text into the other."""
-    wanted, got = reference.split(), hypothesis.split()
-    costs = list(range(len(got) + 1))
-    for row, word in enumerate(wanted, start=1):
-        diagonal, costs[0] = costs[0], row
-        for column, other in enumerate(got, start=1):
-            diagonal, costs[column] = (
-                costs[column],
-                min(costs[column] + 1, costs[column - 1] + 1, diagonal + (word != other)),
-            )
-    return costs[-1]
-
-
-def word_error_rate(references: list[str], hypotheses: list[str]) -> WordErrors:
-    """Word errors over all utterances together."""
-    pairs = list(zip(references, hypotheses, strict=True))
-    errors = sum(count_word_errors(reference, hypothesis) for reference, hypothesis in pairs)
-    return WordErrors(errors, sum(len(reference.split()) for reference in references))
 
 
 def transcribe_attention(model: JointModel, utterances: list[Utterance], num_beams: int = 1) -> list[str]:

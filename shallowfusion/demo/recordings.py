@@ -15,7 +15,7 @@ from shallowfusion.demo.corpus import Sentence, normalise
 from shallowfusion.demo.synthesis import DEMO_FEATURES, Utterance, features_of, random_voice, synthesise
 from shallowfusion.errors import AudioError, InvalidArgumentError
 
-__all__ = ["read_an4", "read_clips", "write_clips"]
+__all__ = ["an4_recordings", "read_an4", "read_clips", "write_clips"]
 
 _MILDEST_NOISE_DB = 15.0
 _MANIFEST = "manifest.jsonl"
@@ -55,29 +55,44 @@ def read_clips(directory: Path) -> list[Utterance]:
     return [Utterance(entry["text"], features_of(_read_audio(directory / entry["audio"]))) for entry in entries]
 
 
+def an4_recordings(data: Path, part: str) -> list[tuple[Path, str]]:
+    """AN4's recordings and what is said in them, the one place that knows its split.
+
+    Args:
+        data: the data directory, holding `audio/manifest.jsonl`.
+        part: "train", "test", or "dev": every tenth speaker of the train directory, who is not in "train" then.
+
+    Raises:
+        AudioError: the manifest is missing.
+        InvalidArgumentError: the part has no recordings.
+    """
+    prefix = f"audio/an4/{'test' if part == 'test' else 'train'}/"
+    entries = [entry for entry in _read_manifest(data / "audio" / _MANIFEST) if entry["path"].startswith(prefix)]
+    held_out = set(sorted({entry["speaker"] for entry in entries})[::10]) if part != "test" else set()
+    chosen = [entry for entry in entries if (entry["speaker"] in held_out) == (part == "dev")]
+    if not chosen or part not in ("train", "dev", "test"):
+        raise InvalidArgumentError(f"AN4 has no part {part!r}; use 'train', 'dev' or 'test'.")
+    return [(data / entry["path"], entry["text"]) for entry in chosen]
+
+
 def read_an4(data: Path, part: str, speeds: tuple[float, ...] = (1.0,)) -> list[Utterance]:
     """Read AN4's recordings with their normalised transcripts.
 
     Args:
         data: the data directory, holding `audio/manifest.jsonl`.
-        part: "train", "test", or "dev": every tenth speaker of the train directory, who is not in "train" then.
+        part: of `an4_recordings`.
         speeds: every recording comes once at each of these playing speeds.
 
     Raises:
         AudioError: the manifest or a recording is missing.
         InvalidArgumentError: the part has no recordings.
     """
-    prefix = f"audio/an4/{'test' if part == 'test' else 'train'}/"
-    entries = [entry for entry in _read_manifest(data / "audio" / _MANIFEST) if entry["path"].startswith(prefix)]
-    held_out = set(sorted({entry["speaker"] for entry in entries})[::10]) if part != "test" else set()
     utterances = []
-    for entry in entries:
-        text = normalise(entry["text"])
-        if text is not None and (entry["speaker"] in held_out) == (part == "dev"):
-            samples = _read_audio(data / entry["path"])
+    for path, said in an4_recordings(data, part):
+        text = normalise(said)
+        if text is not None:
+            samples = _read_audio(path)
             utterances += [Utterance(text, features_of(_at_speed(samples, speed))) for speed in speeds]
-    if not utterances or part not in ("train", "dev", "test"):
-        raise InvalidArgumentError(f"AN4 has no part {part!r}; use 'train', 'dev' or 'test'.")
     return utterances
 
 

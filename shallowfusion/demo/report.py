@@ -8,6 +8,7 @@ from typing import Any
 
 from shallowfusion.demo.shipped import HERE, LANGUAGE_MODELS, Clip, decoders, lm_weights, read_manifest, terms
 from shallowfusion.errors import ShallowFusionError
+from shallowfusion.evaluation.terms import TermErrors, TermList, term_errors
 from shallowfusion.evaluation.word_errors import WordErrors, marked_words, word_errors
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
@@ -20,12 +21,13 @@ STAGES = ("encoder", "asr", "lm", "fusion", "search")
 
 @dataclass(frozen=True)
 class SystemReport:
-    """One system on all clips: its weight, transcripts, errors and seconds by stage."""
+    """One system on all clips: its weight, transcripts, errors, listed terms and seconds by stage."""
 
     name: str
     lm_weight: float
     results: tuple[Transcription, ...]
     errors: WordErrors
+    terms: TermErrors
     stages: dict[str, float]
 
     @property
@@ -46,7 +48,7 @@ class DemoReport:
         found: dict[str, Any] = {f"wer_{name}": system.errors.rate for name, system in self.systems.items()}
         found |= {f"wer_{name}_interval": list(s.errors.interval()) for name, s in self.systems.items()}
         found |= {f"lm_weight_{name}": self.systems[name].lm_weight for name in LANGUAGE_MODELS}
-        found |= {f"term_recall_{name}": system.errors.term_recall for name, system in self.systems.items()}
+        found |= {f"term_recall_{name}": system.terms.recall for name, system in self.systems.items()}
         found |= {f"rtfx_{name}": system.rtfx for name, system in self.systems.items()}
         found["utterances"] = len(self.clips)
         found["words"] = sum(self.systems["asr"].errors.words)
@@ -76,8 +78,7 @@ def run_demo(
     for name, decoder in loaded.items():
         progress(TITLES[name])
         weight = float(weights[name]["lm_weight"])
-        temperature = float(weights[name]["asr_temperature"])
-        options = DecodingOptions(beam_size=beam_size, lm_weight=weight, asr_temperature=temperature)
+        options = DecodingOptions(beam_size=beam_size, lm_weight=weight)
         decoder.transcribe([clips[0].path], options)
         results = decoder.transcribe([clip.path for clip in clips], options)
         systems[name] = _system(name, weight, clips, results)
@@ -88,12 +89,13 @@ def _system(name: str, weight: float, clips: Sequence[Clip], results: Sequence[T
     failed = [result for result in results if result.error is not None]
     if failed:
         raise ShallowFusionError(f"{len(failed)} demo clips failed, first {failed[0].source}: {failed[0].error}")
-    errors = word_errors([clip.text for clip in clips], [result.text for result in results], terms())
+    said, heard = [clip.text for clip in clips], [result.text for result in results]
+    errors, found = word_errors(said, heard), term_errors(said, heard, TermList.of(terms()))
     stages: dict[str, float] = {}
     for timing in {id(r.timing): r.timing for r in results if r.timing is not None}.values():
         for stage, seconds in timing.stages.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
-    return SystemReport(name, weight, tuple(results), errors, stages)
+    return SystemReport(name, weight, tuple(results), errors, found, stages)
 
 
 def clip_lines(report: DemoReport, number: int) -> list[str]:
@@ -113,12 +115,12 @@ def summary_lines(report: DemoReport) -> list[str]:
     """Word error rates with intervals, term recall and speed of each system, and where the time went."""
     words, count = sum(report.systems["asr"].errors.words), len(report.clips)
     lines = [
-        f"{count} clips, {words} words; weights and acoustic temperatures were chosen on development clips",
+        f"{count} clips, {words} words; weights were chosen on development clips",
         f"{'system':15}{'weight':>7}{'WER':>8}  {'95 % interval':17}{'errors':>7}{'term recall':>14}{'RTFx':>7}",
     ]
     for system in report.systems.values():
         low, high = system.errors.interval()
-        recall = f"{system.errors.terms_found}/{system.errors.terms}"
+        recall = f"{system.terms.recalled}/{system.terms.spoken}"
         lines.append(
             f"{TITLES[system.name]:15}{system.lm_weight:7.2f}{100 * system.errors.rate:7.1f}%  "
             f"{100 * low:5.1f}% .. {100 * high:5.1f}%{sum(system.errors.errors):8d}{recall:>14}{system.rtfx:7.1f}"

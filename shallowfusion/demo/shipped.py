@@ -66,7 +66,7 @@ def read_manifest(directory: Path) -> list[Clip]:
 
 
 def lm_weights() -> dict[str, Any]:
-    """What tuning on the development clips chose: {"medical": {"lm_weight": ..., "asr_temperature": ...}, ...}."""
+    """What tuning on the development clips chose: {"medical": {"lm_weight": ..., "errors": ...}, ...}."""
     found: dict[str, Any] = json.loads((HERE / "lm_weights.json").read_text(encoding="utf-8"))
     return found
 

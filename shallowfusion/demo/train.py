@@ -47,6 +47,7 @@ STAGES = ("speech", "clips", "lm", "asr", "an4", "cards")
 _NUM_CLIPS = 20
 _NUM_DEV_CLIPS = 24
 _NUM_PRIVATE_CLIPS = 200
+_NUM_EVALUATION_CLIPS = 320
 _CLIP_SEED = 2026
 _VOICE_PASSES = 2
 _AN4_REPEATS = 2
@@ -169,6 +170,20 @@ def _make_clips(plan: Plan) -> None:
     for directory, count in zip((plan.out / "clips", plan.out / "dev", plan.work / "private"), counts, strict=True):
         write_clips(directory, chosen[start : start + count], _CLIP_SEED)
         start += count
+
+
+def write_evaluation_clips(data: Path, work: Path) -> None:
+    """Speak 200 development and 320 test sentences, neither trained on nor shipped, into work/private and work/test.
+
+    Directories that exist are left as they are.
+    """
+    shipped = _NUM_CLIPS + _NUM_DEV_CLIPS
+    counts = {"private": _NUM_PRIVATE_CLIPS, "test": _NUM_EVALUATION_CLIPS}
+    chosen = choose_unseen(data, shipped + sum(counts.values()), _CLIP_SEED)[shipped:]
+    for name, count in counts.items():
+        if not (work / name).exists():
+            write_clips(work / name, chosen[:count], _CLIP_SEED)
+        chosen = chosen[count:]
 
 
 def _train_lms(plan: Plan) -> None:

@@ -1,5 +1,5 @@
 """How good a transcript is."""
 
-from shallowfusion.evaluation.word_errors import WordErrors, marked_words, word_errors
+from shallowfusion.evaluation.word_errors import WordErrors, character_errors, marked_words, word_errors
 
-__all__ = ["WordErrors", "marked_words", "word_errors"]
+__all__ = ["WordErrors", "character_errors", "marked_words", "word_errors"]

@@ -1,115 +1,142 @@
-"""Word error rate with counts, an interval and recall of listed terms (METHODS 10); alignment by jiwer."""
+"""Word and character error rates with counts and an interval (METHODS 10.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from functools import cached_property
 
 from shallowfusion.config import require
-from shallowfusion.errors import ShallowFusionError
+from shallowfusion.evaluation.alignment import align, edit_counts
+from shallowfusion.evaluation.significance import bootstrap_interval
 
-__all__ = ["WordErrors", "marked_words", "word_errors"]
-
-RESAMPLES = 10_000
+__all__ = ["WordErrors", "character_errors", "marked_words", "word_difference", "word_errors"]
 
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Errors of one system on a test set.
+    """Errors of one system on a test set, utterance by utterance.
 
     Args:
-        errors: substitutions + deletions + insertions of each utterance.
-        words: reference words of each utterance.
-        terms_found, terms: reference words on the term list, and those of them recognised.
+        substitutions, deletions, insertions: of each utterance, as `align` counts them.
+        lengths: reference words (or characters) of each utterance.
+        unit: "word" or "character".
     """
 
-    errors: tuple[int, ...]
-    words: tuple[int, ...]
-    terms_found: int = 0
-    terms: int = 0
+    substitutions: tuple[int, ...]
+    deletions: tuple[int, ...]
+    insertions: tuple[int, ...]
+    lengths: tuple[int, ...]
+    unit: str = "word"
+
+    @cached_property
+    def errors(self) -> tuple[int, ...]:
+        """All errors of each utterance."""
+        return tuple(map(sum, zip(self.substitutions, self.deletions, self.insertions, strict=True)))
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """Reference words of each utterance; of character errors its characters."""
+        return self.lengths
 
     @property
     def rate(self) -> float:
-        """All errors over all reference words."""
-        return sum(self.errors) / sum(self.words)
+        """All errors over all reference words; 1.0 is as many errors as words."""
+        return sum(self.errors) / max(1, sum(self.lengths))
 
     @property
-    def term_recall(self) -> float | None:
-        return self.terms_found / self.terms if self.terms else None
+    def mean_rate(self) -> float:
+        """Mean of the utterances' own rates ("macro"), a reference without words counted as one word."""
+        rates = [errors / max(1, length) for errors, length in zip(self.errors, self.lengths, strict=True)]
+        return sum(rates) / max(1, len(rates))
 
-    def interval(self, seed: int = 0) -> tuple[float, float]:
-        """95 % bootstrap interval over utterances (Bisani and Ney 2004), 10,000 resamples, fixed seed."""
-        rates = self._resampled(np.array(self.errors), seed)
-        low, high = np.percentile(rates, [2.5, 97.5])
-        return float(low), float(high)
+    def interval(self, groups: Sequence[Hashable] | None = None, seed: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of the rate over utterances, or over whole groups (speakers) of them."""
+        return bootstrap_interval(self.errors, self.lengths, groups, seed)
 
-    def difference_interval(self, other: WordErrors, seed: int = 0) -> tuple[float, float]:
-        """95 % paired bootstrap interval of this rate minus the other's on the same utterances."""
-        require(self.words == other.words, "systems can be compared only on the same references.")
-        rates = self._resampled(np.array(self.errors) - np.array(other.errors), seed)
-        low, high = np.percentile(rates, [2.5, 97.5])
-        return float(low), float(high)
-
-    def _resampled(self, errors: np.ndarray, seed: int) -> np.ndarray:
-        chosen = np.random.default_rng(seed).integers(0, len(errors), (RESAMPLES, len(errors)))
-        rates: np.ndarray = errors[chosen].sum(axis=1) / np.array(self.words)[chosen].sum(axis=1)
-        return rates
+    def __str__(self) -> str:
+        return f"{100.0 * self.rate:.1f} % ({sum(self.errors)} of {sum(self.lengths)} {self.unit}s)"
 
 
-def word_errors(references: Sequence[str], hypotheses: Sequence[str], terms: Collection[str] = ()) -> WordErrors:
-    """Count word errors of hypotheses against references, both as they stand (no normalisation).
+def word_errors(
+    references: Sequence[str], hypotheses: Sequence[str], normalise: Callable[[str], str] | None = None
+) -> WordErrors:
+    """Count word errors of hypotheses against references.
 
     Args:
-        terms: words whose recall is counted.
+        normalise: applied to both sides; None takes them as they stand. A reference may be empty after it, not before.
 
     Raises:
         InvalidArgumentError: lists of different lengths, or a reference without words.
     """
-    require(
-        len(references) == len(hypotheses) and len(references) > 0,
-        f"references and hypotheses must pair up, got {len(references)} and {len(hypotheses)}.",
-    )
-    errors, words, found, listed = [], [], 0, 0
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        require(bool(reference.split()), f"a reference holds no words: {reference!r}.")
-        operations = _operations(reference, hypothesis)
-        errors.append(sum(max(to - at, end - start) for kind, at, to, start, end in operations if kind != "equal"))
-        own = reference.split()
-        words.append(len(own))
-        listed += sum(word in terms for word in own)
-        found += sum(word in terms for kind, at, to, _, _ in operations if kind == "equal" for word in own[at:to])
-    return WordErrors(tuple(errors), tuple(words), found, listed)
+    return _errors(references, hypotheses, normalise, str.split, "word")
+
+
+def character_errors(
+    references: Sequence[str], hypotheses: Sequence[str], normalise: Callable[[str], str] | None = None
+) -> WordErrors:
+    """As `word_errors`, with characters; runs of white space are one space and none is at the ends."""
+    return _errors(references, hypotheses, normalise, lambda text: list(" ".join(text.split())), "character")
 
 
 def marked_words(reference: str, hypothesis: str) -> str:
     """The hypothesis with its errors marked: [wrong], [-missing-], [+extra+]."""
     own, theirs = reference.split(), hypothesis.split()
     shown: list[str] = []
-    for kind, at, to, start, end in _operations(reference, hypothesis):
-        if kind == "equal":
-            shown += theirs[start:end]
-        elif kind == "delete":
-            shown += [f"[-{word}-]" for word in own[at:to]]
-        elif kind == "insert":
-            shown += [f"[+{word}+]" for word in theirs[start:end]]
+    for step in align(own, theirs):
+        if step.kind == "equal":
+            shown.append(theirs[step.hypothesis])
+        elif step.kind == "delete":
+            shown.append(f"[-{own[step.reference]}-]")
+        elif step.kind == "insert":
+            shown.append(f"[+{theirs[step.hypothesis]}+]")
         else:
-            shown += [f"[{word}]" for word in theirs[start:end]]
+            shown.append(f"[{theirs[step.hypothesis]}]")
     return " ".join(shown)
 
 
-def _operations(reference: str, hypothesis: str) -> list[tuple[str, int, int, int, int]]:
-    """Alignment as (kind, reference start, end, hypothesis start, end)."""
-    try:
-        import jiwer
-    except ImportError as error:
-        raise ShallowFusionError(
-            "word error rates need the package jiwer, which is not installed; pip install 'shallowfusion[eval]'."
-        ) from error
-    aligned: Any = jiwer.process_words(reference, hypothesis).alignments[0]
-    return [
-        (chunk.type, chunk.ref_start_idx, chunk.ref_end_idx, chunk.hyp_start_idx, chunk.hyp_end_idx)
-        for chunk in aligned
-    ]
+def word_difference(before: str, after: str) -> str:
+    """How one text became another: words that stayed as they are, changes as {before -> after}."""
+    own, theirs = before.split(), after.split()
+    shown: list[str] = []
+    dropped: list[str] = []
+    added: list[str] = []
+    for step in (*align(own, theirs), None):
+        if step is None or step.kind == "equal":
+            if dropped or added:
+                shown.append("{" + " ".join([*dropped, "->", *added]) + "}")
+                dropped, added = [], []
+            if step is not None:
+                shown.append(own[step.reference])
+            continue
+        if step.kind != "insert":
+            dropped.append(own[step.reference])
+        if step.kind != "delete":
+            added.append(theirs[step.hypothesis])
+    return " ".join(shown)
+
+
+def _errors(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalise: Callable[[str], str] | None,
+    split: Callable[[str], list[str]],
+    unit: str,
+) -> WordErrors:
+    require(
+        len(references) == len(hypotheses) and len(references) > 0,
+        f"references and hypotheses must pair up, got {len(references)} and {len(hypotheses)}.",
+    )
+    counts, lengths = [], []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        require(bool(reference.split()), f"a reference holds no words: {reference!r}; leave out utterances of silence.")
+        own, theirs = (reference, hypothesis) if normalise is None else (normalise(reference), normalise(hypothesis))
+        counts.append(edit_counts(split(own), split(theirs)))
+        lengths.append(len(split(own)))
+    return WordErrors(
+        tuple(count.substitutions for count in counts),
+        tuple(count.deletions for count in counts),
+        tuple(count.insertions for count in counts),
+        tuple(lengths),
+        unit,
+    )

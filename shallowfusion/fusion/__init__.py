@@ -1,7 +1,42 @@
 """How scores are weighed and summed: rules, and the one fused step."""
 
+from shallowfusion.fusion.catalogue import (
+    agreement_gate,
+    article,
+    confidence_gate,
+    entropy_gate,
+    evidence_gate,
+    gated,
+    internal_lm,
+    inverse_entropy_gate,
+    late_fusion,
+    margin_gate,
+    piecewise,
+    static,
+    uadf,
+    uadf_asr_primary,
+)
 from shallowfusion.fusion.rescore import rescore
-from shallowfusion.fusion.rules import Rule, article, piecewise, static
+from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import fused_step, row_statistics
 
-__all__ = ["Rule", "article", "fused_step", "piecewise", "rescore", "row_statistics", "static"]
+__all__ = [
+    "Rule",
+    "agreement_gate",
+    "article",
+    "confidence_gate",
+    "entropy_gate",
+    "evidence_gate",
+    "fused_step",
+    "gated",
+    "internal_lm",
+    "inverse_entropy_gate",
+    "late_fusion",
+    "margin_gate",
+    "piecewise",
+    "rescore",
+    "row_statistics",
+    "static",
+    "uadf",
+    "uadf_asr_primary",
+]

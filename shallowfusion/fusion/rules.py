@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shallowfusion.config import require
+from shallowfusion.fusion.gates import FORMS, Form, Gate
+from shallowfusion.fusion.mixtures import Mixture
+from shallowfusion.values import Normalize
 
-__all__ = ["END_POLICIES", "EndPolicy", "Rule", "article", "piecewise", "static"]
+__all__ = ["DEFAULT_END_POLICY", "END_POLICIES", "ILM_VARIANTS", "EndPolicy", "IlmVariant", "Rule"]
 
 EndPolicy = Literal["end_factored", "neutral", "lm", "asr_only"]
 END_POLICIES: tuple[EndPolicy, ...] = ("end_factored", "neutral", "lm", "asr_only")
+DEFAULT_END_POLICY: EndPolicy = "neutral"  # measured: decision note 4
+IlmVariant = Literal["zero_encoder", "zero_context", "mean_context", "silence", "trained"]
+ILM_VARIANTS: tuple[IlmVariant, ...] = ("zero_encoder", "zero_context", "mean_context", "silence", "trained")
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Rule:
     """What the fused step weighs: increment[t, v] = asr[t, v] + sum_s lm_weights[s] * share(t) * lm_s[t, v].
 
     share(t) = 0 for t < initial_steps, then (t - initial_steps + 1) / ramp up to 1 (1 at once with ramp = 0).
-    t counts generated text tokens from 0; forced prefix tokens do not count.
+    t counts generated text tokens from 0; forced prefix tokens do not count. A gate multiplies each row's weights by
+    its own share; a mixture replaces the sum of log-probs by the log of a sum of probabilities.
 
     Args:
         name: the constructor that made it.
@@ -29,7 +36,11 @@ class Rule:
         ramp: steps over which the weight grows from its first share to all of it.
         catch_up: at t = initial_steps the language model's skipped log-probs are added, so that only the early
             pruning is acoustic.
-        end_policy: this rule's own default, None = the decoder's (`end_factored`).
+        end_policy: this rule's own default, None = the decoder's.
+        gate: shares by what the models say in each row; `form` keeps hypotheses comparable (see `gates`).
+        mixture: sum of probabilities instead of log-probs.
+        ilm_weight: of the acoustic model's internal language model, which is subtracted; `ilm_variant` says how it is
+            had.
     """
 
     name: str
@@ -38,6 +49,11 @@ class Rule:
     ramp: int = 0
     catch_up: bool = False
     end_policy: EndPolicy | None = None
+    gate: Gate | None = None
+    form: Form = "local"
+    mixture: Mixture | None = None
+    ilm_weight: float = 0.0
+    ilm_variant: IlmVariant = "zero_context"
 
     def __post_init__(self) -> None:
         for weight in self.lm_weights:
@@ -55,14 +71,42 @@ class Rule:
             self.end_policy is None or self.end_policy in END_POLICIES,
             f"end_policy must be one of {', '.join(END_POLICIES)}, got {self.end_policy!r}.",
         )
+        require(self.form in FORMS, f"form must be one of {', '.join(FORMS)}, got {self.form!r}.")
+        require(
+            not (self.catch_up and (self.gate or self.mixture)),
+            "catch_up adds skipped scores at their full weight, so it goes with neither a gate nor a mixture.",
+        )
+        require(not (self.gate and self.mixture), "a rule has a gate or a mixture, got both.")
+        require(
+            isinstance(self.ilm_weight, (int, float)) and math.isfinite(self.ilm_weight) and self.ilm_weight >= 0,
+            f"ilm_weight must be finite and >= 0, got {self.ilm_weight!r}; it is subtracted.",
+        )
+        require(
+            self.ilm_variant in ILM_VARIANTS,
+            f"ilm_variant must be one of {', '.join(ILM_VARIANTS)}, got {self.ilm_variant!r}.",
+        )
+        require(
+            not (self.ilm_weight and self.mixture), "an internal LM is subtracted from log-probs, not from a mixture."
+        )
 
     @property
     def fuses(self) -> bool:
         """Whether any language model has a say."""
-        return any(self.lm_weights)
+        return any(self.lm_weights) or self.ilm_weight > 0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether totals can be had again from the parts of the tokens alone."""
+        return self.gate is None and self.mixture is None
+
+    def normalize(self, policy: EndPolicy) -> Normalize:
+        """What the fused step normalises under an end policy."""
+        if policy == "end_factored":
+            return "end_factored"
+        return "local" if self.gate is not None and self.form == "local" else "none"
 
     def weights_at(self, step: int) -> tuple[float, ...]:
-        """Weight of each language model at step t, counted from 0."""
+        """Weight of each language model at step t, counted from 0, before any gate."""
         share = self.share_at(step)
         return tuple(weight * share for weight in self.lm_weights)
 
@@ -77,8 +121,8 @@ class Rule:
         Raises:
             InvalidArgumentError: the rule weighs another number of models than are loaded.
         """
-        if len(self.lm_weights) == count or (count == 0 and not self.fuses):
-            return Rule(**{**self.__dict__, "lm_weights": self.lm_weights[:count]})
+        if len(self.lm_weights) == count or (count == 0 and not any(self.lm_weights)):
+            return replace(self, lm_weights=self.lm_weights[:count])
         require(
             False,
             f"the rule {self} weighs {len(self.lm_weights)} language model(s), but {count} are loaded; "
@@ -90,29 +134,12 @@ class Rule:
         return repr(self)
 
 
-def static(weight: float | Sequence[float]) -> Rule:
-    """Shallow fusion with a constant weight: asr + weight * lm (METHODS 1.2; 1503.03535, 1712.01996)."""
-    return Rule("static", _as_weights(weight))
+def as_weights(weight: float | Sequence[float]) -> tuple[float, ...]:
+    """One weight or several as a tuple.
 
-
-def piecewise(weight: float | Sequence[float], initial_steps: int, ramp: int = 0, catch_up: bool = False) -> Rule:
-    """Acoustic scores alone for the first `initial_steps` tokens, then `static` (METHODS 1.4).
-
-    Hypotheses that finish before `initial_steps` carry no LM cost: keep a length penalty above 0 or set
-    min_new_tokens = initial_steps.
+    Raises:
+        InvalidArgumentError: neither a number nor a sequence.
     """
-    return Rule("piecewise", _as_weights(weight), initial_steps, ramp, catch_up)
-
-
-def article(weight: float = 0.24, initial_steps: int = 2) -> Rule:
-    """The published Whisper + GPT-2 recipe: piecewise, the end token without any LM term (METHODS 1.3, 1.4).
-
-    That end policy favours stopping early the more, the larger the weight and the wider the beam (METHODS 1.5).
-    """
-    return Rule("article", _as_weights(weight), initial_steps, end_policy="asr_only")
-
-
-def _as_weights(weight: float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(weight, (int, float)):
         return (weight,)
     require(

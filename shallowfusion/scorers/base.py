@@ -37,8 +37,16 @@ class Context:
     encoder_output: Tensor | None = None
 
 
+class ScorerState(Protocol):
+    """What a scorer remembers of a batch of searches: logits of the latest pass, and whatever else it needs."""
+
+    logits: Tensor
+
+
 class Scorer(Protocol):
     """Scores the next token of every live hypothesis of a batch of utterances.
+
+    A state is handed only to the scorer that made it.
 
     Price: `score` is one decoder pass over utterances x beam_size tokens; `fork` and `keep` move no keys or values,
     except that `keep` copies one utterance per utterance that left.
@@ -46,15 +54,15 @@ class Scorer(Protocol):
 
     vocabulary: Vocabulary
 
-    def start(self, context: Context) -> DecoderState:
+    def start(self, context: Context) -> ScorerState:
         """Read the prompts; `state.logits` is [utterances, vocab], one row per utterance."""
         ...
 
-    def fork(self, state: DecoderState, parents: np.ndarray) -> DecoderState:
+    def fork(self, state: Any, parents: np.ndarray) -> Any:
         """Row k of utterance u continues from its old row parents[u, k]; int64 [utterances, beam_size]."""
         ...
 
-    def score(self, state: DecoderState, token_ids: np.ndarray) -> tuple[Tensor, DecoderState]:
+    def score(self, state: Any, token_ids: np.ndarray) -> tuple[Tensor, Any]:
         """Append a token to each row, int64 [utterances, beam_size], -1 = this row gains no token here.
 
         Returns:
@@ -62,11 +70,11 @@ class Scorer(Protocol):
         """
         ...
 
-    def keep(self, state: DecoderState, order: Sequence[int]) -> DecoderState:
+    def keep(self, state: Any, order: Sequence[int]) -> Any:
         """Drop finished utterances: place i of the new batch holds what was at place order[i]."""
         ...
 
-    def end_scores(self, state: DecoderState) -> Tensor:
+    def end_scores(self, state: Any) -> Tensor:
         """Log-prob of ending now, [rows], from the latest logits."""
         ...
 

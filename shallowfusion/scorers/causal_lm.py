@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from shallowfusion.scorers.base import CachedScorer, DecoderState
-from shallowfusion.scorers.slots import SlotPlan
+from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache
 from shallowfusion.text.vocabulary import Vocabulary
 
 __all__ = ["CausalLMScorer"]
@@ -23,9 +25,10 @@ class CausalLMScorer(CachedScorer):
     Price: one pass over utterances x beam_size tokens per step; keys and values once per distinct prefix token.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, tokenizer: Any = None) -> None:
         self.model = model
         self.vocabulary = vocabulary
+        self.tokenizer = tokenizer
         self.device = model.device
         self.num_layers = model.config.num_hidden_layers
         self.window = model.config.max_position_embeddings
@@ -44,6 +47,31 @@ class CausalLMScorer(CachedScorer):
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+    @torch.inference_mode()
+    def tree_hidden_states(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """One pass over a tree of tokens, each of which sees itself and its ancestors; [nodes, size].
+
+        Args:
+            parents: the node before each; -1 for the first token of all, a parent always before its children.
+        """
+        count = len(token_ids)
+        seen = torch.zeros((count, count), dtype=torch.bool)
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                seen[node] = seen[parent]
+            seen[node, node] = True
+        positions = seen.sum(dim=1)[None] - 1
+        plan = SlotPlan(torch.arange(count, device=self.device)[None], seen.to(self.device)[None, None])
+        state = DecoderState(
+            logits=torch.empty(0),
+            slots=BeamSlots(1, count, self.device),
+            cache=decoder_cache(self.num_layers, self.has_cross_attention),
+            lengths=np.zeros((1, 1), dtype=np.int64),
+            histories=[[()]],
+        )
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        return self._pass(state, ids, positions.to(self.device), plan)[0]
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)

@@ -11,13 +11,26 @@ import torch
 
 from shallowfusion.errors import InvalidArgumentError, ModelError
 from shallowfusion.features.log_mel import FeatureSettings
+from shallowfusion.ngrams.arpa import is_arpa, read_arpa
 from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.ngram import NgramScorer
 from shallowfusion.scorers.whisper import WhisperScorer
-from shallowfusion.text.vocabulary import vocabulary_of
+from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 
-__all__ = ["AcousticModel", "WhisperTokens", "choose_device", "choose_dtype", "load_causal_lm", "load_whisper"]
+__all__ = [
+    "AcousticModel",
+    "LanguageModel",
+    "WhisperTokens",
+    "choose_device",
+    "choose_dtype",
+    "load_causal_lm",
+    "load_language_model",
+    "load_whisper",
+]
 
 logger = logging.getLogger(__name__)
+
+LanguageModel = CausalLMScorer | NgramScorer
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -106,7 +119,21 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> Causa
         raise ModelError(f"{name} has no eos_token_id in its configuration; the decoder needs an end token.")
     begin = _single(config.bos_token_id)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, end, end if begin is None else begin, name=name)
-    return CausalLMScorer(model.to(device).eval(), vocabulary)
+    return CausalLMScorer(model.to(device).eval(), vocabulary, tokenizer)
+
+
+def load_language_model(
+    name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype
+) -> CausalLMScorer | NgramScorer:
+    """An n-gram model of the acoustic model's pieces if the name ends in .arpa or .arpa.gz, else a causal LM.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        VocabularyError: an n-gram model of something else than the acoustic model's pieces.
+    """
+    if is_arpa(name):
+        return NgramScorer(read_arpa(name), acoustic, device)
+    return load_causal_lm(name, device, dtype)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -100,6 +100,8 @@ class StoredLayer(CacheLayerMixin):  # type: ignore[misc]
         return key_states, value_states
 
     def keep(self, moves: Sequence[tuple[int, int]], active: int) -> None:
+        if not self.is_initialized:  # a decoder without recording
+            return
         for source, target in moves:
             self.keys[target] = self.keys[source]
             self.values[target] = self.values[source]

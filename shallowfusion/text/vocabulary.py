@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shallowfusion.errors import VocabularyError
 
-__all__ = ["Vocabulary", "token_map", "vocabulary_of"]
+__all__ = ["Vocabulary", "byte_alphabet", "text_map", "token_bytes", "token_map", "vocabulary_of"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def vocabulary_of(tokenizer: Any, size: int, end_id: int, begin_id: int | None =
     """Read a transformers tokenizer; ids from its length up to `size` hold no text."""
     special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     names = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    byte_of = _byte_alphabet()
-    tokens = [None if i in special or t is None else _token_bytes(t, byte_of) for i, t in enumerate(names)]
+    byte_of = byte_alphabet()
+    tokens = [None if i in special or t is None else token_bytes(t, byte_of) for i, t in enumerate(names)]
     tokens += [None] * (size - len(tokens))
     return Vocabulary(tuple(tokens), end_id, begin_id, name or str(getattr(tokenizer, "name_or_path", "vocabulary")))
 
@@ -86,6 +86,12 @@ def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> 
     return torch.tensor(ids, dtype=torch.int32)
 
 
+def text_map(vocabulary: Vocabulary) -> Tensor:
+    """A model's own ids for its text tokens, -1 for the end and special tokens; int32 [size]."""
+    ids = [-1 if token is None or i == vocabulary.end_id else i for i, token in enumerate(vocabulary.tokens)]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
 def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[int], moved: Sequence[int]) -> str:
     first = (sorted([*missing, *moved]) or [0])[0]
     theirs = language.tokens[first] if first < len(language) else None
@@ -98,7 +104,7 @@ def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[in
     )
 
 
-def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
+def token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
     """Bytes of a byte-level BPE token; SentencePiece pieces keep their UTF-8, the space mark as a space."""
     if all(character in byte_of for character in token):
         return bytes(byte_of[character] for character in token)
@@ -107,7 +113,7 @@ def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes: printable bytes stand for themselves, the rest from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in printable}

@@ -132,12 +132,12 @@ def test_end_threshold_refuses_ends_the_acoustic_model_finds_unlikely(model) -> 
         assert hypothesis.tokens[-1].parts["asr"] > math.log(1 / 45)
 
 
-def test_wide_beams_with_high_weight_are_cut_short_by_asr_only_and_not_by_the_default(model) -> None:
+def test_wide_beams_with_high_weight_are_cut_short_by_asr_only_and_not_by_the_factored_end(model) -> None:
     states = random_encoder_output(model.acoustic, 8)
-    options = {"beam_size": 8, "max_new_tokens": 30, "suppress_tokens": None, "lm_weight": 1.0, "length_penalty": 0.0}
+    options = {"beam_size": 8, "max_new_tokens": 30, "suppress_tokens": None, "length_penalty": 0.0}
     lengths = {}
     for policy in ("asr_only", "end_factored"):
-        results = model.decode(states, end_policy=policy, end_threshold=None, **options)
+        results = model.decode(states, lm_weight=1.0, end_policy=policy, end_threshold=None, **options)
         lengths[policy] = sum(len(r.n_best[0].token_ids) for r in results) / len(results)
     assert lengths["asr_only"] < 0.7 * lengths["end_factored"]
 
@@ -154,10 +154,11 @@ def test_nan_in_one_utterance_ends_only_that_one(model) -> None:
         assert [h.total for h in results[i].n_best] == pytest.approx([h.total for h in good[i].n_best], abs=1e-4)
 
 
-def test_reranking_with_the_same_rule_keeps_the_order_and_another_rule_changes_totals(model) -> None:
+@pytest.mark.parametrize("end_policy", ["neutral", "lm", "asr_only"])
+def test_reranking_with_the_same_rule_keeps_the_order_and_another_rule_changes_totals(model, end_policy) -> None:
     states = random_encoder_output(model.acoustic, 5)
-    results = model.decode(states, lm_weight=0.4, end_policy="lm", **OPTIONS)
-    same = fusion.Rule("static", (0.4,), end_policy="lm")
+    results = model.decode(states, lm_weight=0.4, end_policy=end_policy, **OPTIONS)
+    same = fusion.Rule("static", (0.4,), end_policy=end_policy)
     for result in results:
         again = result.rerank(same)
         assert [h.token_ids for h in again.n_best] == [h.token_ids for h in result.n_best]

@@ -58,10 +58,10 @@ def test_multilingual_whisper_and_gpt2_are_refused_with_the_first_difference() -
 @needs_data
 def test_multilingual_files_of_two_publishers_agree() -> None:
     stored = json.loads((TOKENIZERS / "whisper-large-v3" / "vocab.json").read_text())
-    from shallowfusion.text.vocabulary import _byte_alphabet, _token_bytes
+    from shallowfusion.text.vocabulary import byte_alphabet, token_bytes
 
-    alphabet = _byte_alphabet()
-    by_id = {i: _token_bytes(token, alphabet) for token, i in stored.items()}
+    alphabet = byte_alphabet()
+    by_id = {i: token_bytes(token, alphabet) for token, i in stored.items()}
     published = ranks("multilingual.tiktoken")
     assert [by_id[i] for i in range(50_257)] == published
 

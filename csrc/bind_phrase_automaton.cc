@@ -1,0 +1,114 @@
+#include <pybind11/numpy.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "phrase_automaton.h"
+
+namespace py = pybind11;
+
+namespace shallowfusion {
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+int64_t check_vector(const char* name, const py::array& array) {
+  if (array.ndim() != 1) throw std::invalid_argument(std::string(name) + " must have one axis.");
+  return array.shape(0);
+}
+
+void check_states(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+  check_vector("states", states);
+  for (py::ssize_t i = 0; i < states.shape(0); ++i) {
+    if (states.at(i) < 0 || states.at(i) >= automaton.num_states()) {
+      throw std::invalid_argument("states must be from 0 to " + std::to_string(automaton.num_states() - 1) +
+                                  ", got " + std::to_string(states.at(i)) + ".");
+    }
+  }
+}
+
+std::shared_ptr<PhraseAutomaton> create(const Array<int32_t>& tokens, const Array<double>& credits,
+                                        const Array<int64_t>& offsets, const Array<int64_t>& phrases) {
+  const int64_t count = check_vector("phrases", phrases);
+  const int64_t total = check_vector("tokens", tokens);
+  bool fits = check_vector("credits", credits) == total && check_vector("offsets", offsets) == count + 1;
+  fits = fits && offsets.at(0) == 0 && offsets.at(count) == total;
+  for (int64_t i = 0; fits && i < count; ++i) fits = offsets.at(i) <= offsets.at(i + 1);
+  if (!fits) throw std::invalid_argument("offsets must grow from 0 to the number of tokens, one more than patterns.");
+  const PhrasePatterns patterns{tokens.data(), credits.data(), offsets.data(), phrases.data(), count};
+  const py::gil_scoped_release released;
+  return std::make_shared<PhraseAutomaton>(patterns);
+}
+
+py::array_t<int64_t> advance(const PhraseAutomaton& automaton, const Array<int64_t>& states,
+                             const Array<int64_t>& tokens) {
+  check_states(automaton, states);
+  const py::ssize_t count = states.shape(0);
+  if (check_vector("tokens", tokens) != count) throw std::invalid_argument("states and tokens must have one length.");
+  py::array_t<int64_t> after({count});
+  const int64_t* from = states.data();
+  const int64_t* given = tokens.data();
+  int64_t* target = after.mutable_data();
+  const py::gil_scoped_release released;
+  for (py::ssize_t i = 0; i < count; ++i) {
+    const auto state = static_cast<uint32_t>(from[i]);
+    const bool is_known = given[i] <= INT32_MAX;  // a larger token begins no phrase
+    target[i] = given[i] < 0 ? state : is_known ? automaton.next(state, static_cast<int32_t>(given[i])) : 0;
+  }
+  return after;
+}
+
+py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+  check_states(automaton, states);
+  py::array_t<float> values({states.shape(0)});
+  for (py::ssize_t i = 0; i < states.shape(0); ++i) {
+    values.mutable_at(i) = 0.0F - automaton.held(static_cast<uint32_t>(states.at(i)));
+  }
+  return values;
+}
+
+py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+  check_states(automaton, states);
+  const py::ssize_t rows = states.shape(0);
+  py::array_t<int32_t> row_offsets({rows + 1});
+  int32_t* offsets = row_offsets.mutable_data();
+  std::vector<int32_t> tokens;
+  std::vector<float> values;
+  {
+    const int64_t* from = states.data();
+    const py::gil_scoped_release released;
+    std::vector<PhraseAutomaton::Arc> arcs;
+    offsets[0] = 0;
+    for (py::ssize_t row = 0; row < rows; ++row) {
+      automaton.arcs(static_cast<uint32_t>(from[row]), &arcs);
+      for (const PhraseAutomaton::Arc& arc : arcs) {
+        tokens.push_back(arc.token);
+        values.push_back(automaton.gain(arc.target) + automaton.held(arc.target));
+      }
+      if (tokens.size() > INT32_MAX) throw std::invalid_argument("too many rows and phrases for one step.");
+      offsets[row + 1] = static_cast<int32_t>(tokens.size());
+    }
+  }
+  return py::make_tuple(row_offsets, py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data()),
+                        py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data()));
+}
+
+}  // namespace
+
+void bind_phrase_automaton(py::module_& module) {
+  const auto states = py::arg("states");
+  py::class_<PhraseAutomaton, std::shared_ptr<PhraseAutomaton>>(module, "PhraseAutomaton")
+      .def(py::init(&create), py::kw_only(), py::arg("tokens"), py::arg("credits"), py::arg("offsets"),
+           py::arg("phrases"))
+      .def("step", &step, py::kw_only(), states)
+      .def("advance", &advance, py::kw_only(), states, py::arg("tokens"))
+      .def("refunds", &refunds, py::kw_only(), states)
+      .def_property_readonly("num_states", &PhraseAutomaton::num_states);
+}
+
+}  // namespace shallowfusion

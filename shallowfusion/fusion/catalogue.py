@@ -1,0 +1,144 @@
+"""The fusion rules by name; each constructor states its formula and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shallowfusion.config import require
+from shallowfusion.fusion.gates import (
+    AgreementGate,
+    ConfidenceGate,
+    EntropyGate,
+    EvidenceGate,
+    Form,
+    Gate,
+    InverseEntropyGate,
+    MarginGate,
+)
+from shallowfusion.fusion.mixtures import Mixture
+from shallowfusion.fusion.rules import EndPolicy, IlmVariant, Rule, as_weights
+
+__all__ = [
+    "agreement_gate",
+    "article",
+    "confidence_gate",
+    "entropy_gate",
+    "evidence_gate",
+    "gated",
+    "internal_lm",
+    "inverse_entropy_gate",
+    "late_fusion",
+    "margin_gate",
+    "piecewise",
+    "static",
+    "uadf",
+    "uadf_asr_primary",
+]
+
+Weight = float | Sequence[float]
+
+
+def static(weight: Weight) -> Rule:
+    """Shallow fusion with a constant weight: asr + weight * lm (METHODS 1.2; 1503.03535, 1712.01996)."""
+    return Rule("static", as_weights(weight))
+
+
+def piecewise(weight: Weight, initial_steps: int, ramp: int = 0, catch_up: bool = False) -> Rule:
+    """Acoustic scores alone for the first `initial_steps` tokens, then `static` (METHODS 1.4).
+
+    Hypotheses that finish before `initial_steps` carry no LM cost: keep a length penalty above 0 or set
+    min_new_tokens = initial_steps.
+    """
+    return Rule("piecewise", as_weights(weight), initial_steps, ramp, catch_up)
+
+
+def article(weight: float = 0.24, initial_steps: int = 2) -> Rule:
+    """The published Whisper + GPT-2 recipe: piecewise, the end token without any LM term (METHODS 1.3, 1.4).
+
+    That end policy favours stopping early the more, the larger the weight and the wider the beam (METHODS 1.5).
+    """
+    return Rule("article", as_weights(weight), initial_steps, end_policy="asr_only")
+
+
+def gated(weight: Weight, gate: Gate, form: Form = "local", initial_steps: int = 0) -> Rule:
+    """asr + weight * gate(row) * lm with any gate, also one of your own (METHODS 11.2).
+
+    Args:
+        form: "local" renormalises each fused row, "advantage" measures the LM from its favourite, "plain" does
+            neither, and then a hypothesis may dodge the LM by passing through rows in which the gate is shut.
+    """
+    return Rule("gated", as_weights(weight), initial_steps, gate=gate, form=form)
+
+
+def entropy_gate(weight: Weight, squash: str = "sigmoid", form: Form = "local") -> Rule:
+    """Weight * (2 sigmoid(H_asr) - 1), or weight * H_asr / ln(vocab) with squash="vocabulary" (METHODS 11.2)."""
+    return Rule("entropy_gate", as_weights(weight), gate=EntropyGate(squash), form=form)  # type: ignore[arg-type]
+
+
+def confidence_gate(weight: Weight, power: float = 1.0, form: Form = "local") -> Rule:
+    """Weight * (1 - max P_asr) ** power (METHODS 11.2)."""
+    return Rule("confidence_gate", as_weights(weight), gate=ConfidenceGate(power), form=form)
+
+
+def margin_gate(weight: Weight, threshold: float = 2.0, width: float = 1.0, form: Form = "local") -> Rule:
+    """Weight * sigmoid((threshold - margin) / width), margin between the two best acoustic tokens in nats."""
+    return Rule("margin_gate", as_weights(weight), gate=MarginGate(threshold, width), form=form)
+
+
+def inverse_entropy_gate(weight: Weight, form: Form = "local") -> Rule:
+    """Weight * H_asr / (H_asr + H_lm): the LM counts where it is sure and the acoustic model is not (METHODS 11.2)."""
+    return Rule("inverse_entropy_gate", as_weights(weight), gate=InverseEntropyGate(), form=form)
+
+
+def agreement_gate(weight: Weight, top_k: int = 10, form: Form = "local") -> Rule:
+    """Weight where the LM's favourite is among the acoustic model's best `top_k` tokens, else 0 (METHODS 11.2)."""
+    return Rule("agreement_gate", as_weights(weight), gate=AgreementGate(top_k), form=form)
+
+
+def evidence_gate(
+    weight: Weight,
+    ilm_weight: float = 0.2,
+    scale: float = 0.5,
+    margin: float = 0.0,
+    variant: IlmVariant = "zero_context",
+) -> Rule:
+    """`internal_lm`, both weights times sigmoid(scale * (log P_lm - log P_ilm - margin * tokens)) of what was said.
+
+    For language models that may be of the wrong domain: see `gates.EvidenceGate`.
+    """
+    require(ilm_weight > 0, f"ilm_weight must be above 0, got {ilm_weight!r}; the gate compares with the internal LM.")
+    gate = EvidenceGate(scale, margin)
+    return Rule(
+        "evidence_gate", as_weights(weight), gate=gate, form="plain", ilm_weight=ilm_weight, ilm_variant=variant
+    )
+
+
+def uadf(end_policy: EndPolicy = "lm") -> Rule:
+    """Uncertainty-aware dynamic fusion as published: P_lm + (sigmoid(H_lm) - 0.5) * P_asr (2402.05457, eq. 10).
+
+    The language model is primary and must know what was said, for instance from an n-best prompt; calibrate both
+    temperatures first. Divided by 1 + w for beam search; greedy search (beam_size=1) is the published decoder.
+    """
+    return Rule("uadf", (1.0,), end_policy=end_policy, mixture=Mixture("lm"))
+
+
+def uadf_asr_primary(end_policy: EndPolicy = "neutral") -> Rule:
+    """UADF with swapped roles, for an LM that is deaf: P_asr + (sigmoid(H_asr) - 0.5) * P_lm (METHODS 3.4)."""
+    return Rule("uadf_asr_primary", (1.0,), end_policy=end_policy, mixture=Mixture("asr"))
+
+
+def late_fusion(weight: float, primary: str = "asr", end_policy: EndPolicy = "neutral") -> Rule:
+    """P_primary + weight * P_other with a constant weight: the baseline that UADF has to beat (METHODS 3.6)."""
+    return Rule("late_fusion", (1.0,), end_policy=end_policy, mixture=Mixture(primary, weight))  # type: ignore[arg-type]
+
+
+def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_context") -> Rule:
+    """asr + weight * lm - ilm_weight * ilm: the acoustic decoder's own language model is taken out (METHODS 6).
+
+    Nothing is subtracted from the end and special tokens; the internal log-prob is kept above -20.
+
+    Args:
+        variant: "zero_encoder" (encoder output 0), "zero_context" (no cross-attention), "mean_context" (the mean over
+            the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer).
+    """
+    return Rule("internal_lm", as_weights(weight), ilm_weight=ilm_weight, ilm_variant=variant)

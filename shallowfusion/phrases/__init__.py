@@ -1,0 +1,1 @@
+"""Phrases whose tokens are favoured while they are being said."""

@@ -1,0 +1,93 @@
+"""Phrase boosting: bonuses for tokens that begin, continue or complete a phrase, taken back when a match fails."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shallowfusion import _native
+from shallowfusion.checks import integer_array
+from shallowfusion.phrases.patterns import Patterns
+
+__all__ = ["PhraseAutomaton", "PhraseAutomatonProtocol"]
+
+Float32Array = npt.NDArray[np.float32]
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Entries = tuple[Int32Array, Int32Array, Float32Array]
+
+
+class PhraseAutomatonProtocol(Protocol):
+    """What phrases add to the score of each hypothesis; a state is one integer.
+
+    The bonus of a hypothesis is the sum over the phrases it holds, each place where one ends counted once, of the
+    phrase's full credit, plus `held`: the credit of the match in progress, as far as it exceeds what the phrases that
+    are beginnings of that match have earned already; never negative. `held` is a loan. A row is charged it back before
+    its next token (`refunds`), and lent that of its new state; so a step with all tokens is
+
+        bonus(row, token) = refunds[row] + (values[row, token] if listed, else 0)
+
+    and `refunds` alone is the bonus of the end token. Summed over a hypothesis the loans cancel.
+
+    Every method raises `InvalidArgumentError` for states out of range and arrays of the wrong shape.
+
+    Source: Aho and Corasick (1975); refunds as icefall's context graph has them; the rule for nested phrases is ours.
+    """
+
+    @property
+    def start_state(self) -> int:
+        """No phrase begun."""
+        ...
+
+    def step(self, states: npt.ArrayLike) -> Entries:
+        """Bonuses of the next token, `SparseBonus` in numpy, to be added to totals that have got their refunds.
+
+        Args:
+            states: int64 [rows].
+
+        Returns:
+            int32 [rows + 1] row_offsets, int32 [entries] token_ids, ascending in a row, and float32 [entries] values:
+            all tokens that begin, continue or complete a phrase.
+        """
+        ...
+
+    def refunds(self, states: npt.ArrayLike) -> Float32Array:
+        """float32 [rows], at most 0: minus what each row holds for a match in progress."""
+        ...
+
+    def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
+        """int64 [rows], the states after a token each; -1 = none."""
+        ...
+
+
+class PhraseAutomaton:
+    """The C++ automaton; see `PhraseAutomatonProtocol`. Immutable, so threads may share it.
+
+    Price: a step takes O(entries), a few hundred with hundreds of phrases: their first tokens are always listed;
+    `advance` O(phrase length * log). Memory: 24 bytes per distinct beginning of a phrase.
+    """
+
+    def __init__(self, patterns: Patterns) -> None:
+        self._native = _native.PhraseAutomaton(
+            tokens=patterns.tokens, credits=patterns.credits, offsets=patterns.offsets, phrases=patterns.phrases
+        )
+
+    @property
+    def start_state(self) -> int:
+        return 0
+
+    @property
+    def num_states(self) -> int:
+        return self._native.num_states
+
+    def step(self, states: npt.ArrayLike) -> Entries:
+        return self._native.step(states=integer_array("states", states, (None,)))
+
+    def refunds(self, states: npt.ArrayLike) -> Float32Array:
+        return self._native.refunds(states=integer_array("states", states, (None,)))
+
+    def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
+        rows = integer_array("states", states, (None,))
+        return self._native.advance(states=rows, tokens=integer_array("tokens", tokens, rows.shape))

@@ -1,0 +1,94 @@
+"""`PhraseAutomaton` in plain Python, written for reading: the definition of correct for the native class."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from shallowfusion.checks import integer, integer_array
+from shallowfusion.config import require
+from shallowfusion.phrases.automaton import Entries, Float32Array, Int64Array
+from shallowfusion.phrases.patterns import Patterns
+
+__all__ = ["ReferencePhraseAutomaton"]
+
+Match = tuple[int, ...]
+
+
+class ReferencePhraseAutomaton:
+    """Looks through all patterns at every call; see `PhraseAutomatonProtocol`. A state numbers a beginning of some."""
+
+    def __init__(self, patterns: Patterns) -> None:
+        self._patterns: list[tuple[Match, list[float], int]] = []
+        for i, phrase in enumerate(patterns.phrases.tolist()):
+            span = slice(int(patterns.offsets[i]), int(patterns.offsets[i + 1]))
+            tokens, credits = tuple(patterns.tokens[span].tolist()), patterns.credits[span].tolist()
+            require(len(tokens) > 0, f"pattern {i} has no tokens.")
+            require(min(tokens) >= 0, f"pattern {i} holds the token {min(tokens)}; tokens must be at least 0.")
+            require(all(map(math.isfinite, credits)), f"pattern {i} has a credit that is not finite.")
+            self._patterns.append((tokens, credits, phrase))
+        beginnings = {tokens[:size]: None for tokens, _, _ in self._patterns for size in range(1, len(tokens) + 1)}
+        self._matches: list[Match] = [(), *beginnings]
+        self._states = {match: state for state, match in enumerate(self._matches)}
+
+    @property
+    def start_state(self) -> int:
+        return 0
+
+    def step(self, states: npt.ArrayLike) -> Entries:
+        matches = [self._match(state) for state in integer_array("states", states, (None,))]
+        alphabet = sorted({token for tokens, _, _ in self._patterns for token in tokens})
+        row_offsets, token_ids, values = [0], [], []
+        for match in matches:
+            for token in alphabet:
+                after = self._next(match, token)
+                if after:
+                    token_ids.append(token)
+                    values.append(self._gain(after) + self._held(after))
+            row_offsets.append(len(token_ids))
+        return np.array(row_offsets, np.int32), np.array(token_ids, np.int32), np.array(values, np.float32)
+
+    def refunds(self, states: npt.ArrayLike) -> Float32Array:
+        matches = [self._match(state) for state in integer_array("states", states, (None,))]
+        return np.array([0.0 - self._held(match) for match in matches], dtype=np.float32)
+
+    def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
+        rows = integer_array("states", states, (None,))
+        given = integer_array("tokens", tokens, rows.shape)
+        matches = [self._match(state) for state in rows]
+        after = [
+            match if token < 0 else self._next(match, token)
+            for match, token in zip(matches, given.tolist(), strict=True)
+        ]
+        return np.array([self._states[match] for match in after], dtype=np.int64)
+
+    def _next(self, match: Match, token: int) -> Match:
+        """The longest suffix of the tokens that is a beginning of a pattern."""
+        tokens = (*match, token)
+        return next(tokens[start:] for start in range(len(tokens) + 1) if tokens[start:] in self._states)
+
+    def _gain(self, match: Match) -> float:
+        """Credit of the phrases that end here; of several spellings of one phrase the best."""
+        best: dict[int, float] = {}
+        for tokens, credits, phrase in self._patterns:
+            if match[-len(tokens) :] == tokens:
+                best[phrase] = max(credits[-1], best.get(phrase, -math.inf))
+        return sum(best.values())
+
+    def _held(self, match: Match) -> float:
+        """Credit of the best pattern that may go on from here, less that of phrases said since it began."""
+        going_on = [
+            credits[len(match) - 1]
+            for tokens, credits, _ in self._patterns
+            if 0 < len(match) < len(tokens) and tokens[: len(match)] == match
+        ]
+        earned: dict[tuple[Match, int], float] = {}
+        for tokens, credits, phrase in self._patterns:
+            if match[: len(tokens)] == tokens:
+                earned[tokens, phrase] = max(0.0, credits[-1], earned.get((tokens, phrase), 0.0))
+        return max(0.0, max(going_on, default=0.0) - sum(earned.values()))
+
+    def _match(self, state: int) -> Match:
+        return self._matches[integer("states", state, 0, len(self._matches) - 1)]

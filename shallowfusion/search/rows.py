@@ -1,0 +1,156 @@
+"""What the search loop remembers of its live rows, and the numbers it gives the fused step for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shallowfusion.fusion.gates import StepView
+from shallowfusion.fusion.step import fused_step
+from shallowfusion.fusion.weighing import step_weights
+from shallowfusion.values import Candidates
+
+if TYPE_CHECKING:
+    from shallowfusion.search.loop import SearchPlan
+
+__all__ = ["CandidateArrays", "Rows"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class CandidateArrays:
+    """Candidates as the beam state takes them.
+
+    Args:
+        totals: float32 [utterances, candidates].
+        lanes: int64 [utterances, candidates], parents as rows of their own utterance.
+        tokens: int64 [utterances, candidates].
+        parts: float32 [utterances, candidates, sources].
+        flagged: bool [utterances]: NaN or +inf was seen.
+    """
+
+    totals: Array
+    lanes: Array
+    tokens: Array
+    parts: Array
+    flagged: Array
+
+
+class Rows:
+    """Totals of the live rows and, for rules that look back, what each source said of their tokens."""
+
+    def __init__(self, plan: SearchPlan, num_sources: int, num_utterances: int) -> None:
+        self.plan = plan
+        self.num_sources = num_sources
+        self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
+        self.sums = np.zeros((num_utterances, 1, num_sources), dtype=np.float64)
+        self._keeps_sums = plan.rule.catch_up or (plan.rule.gate is not None and plan.rule.gate.needs_sums)
+        self._vocab_sizes: list[int] = []
+        self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
+        self._biases: dict[tuple[int, ...], Tensor | None] = {}
+
+    def candidates(self, logits: Sequence[Tensor], step: int) -> CandidateArrays:
+        """The best continuations of every utterance under the plan's rule."""
+        plan, totals = self.plan, self.totals
+        if plan.rule.catch_up and step == plan.rule.initial_steps:
+            lm_sums = self.sums[:, :, 1 : 1 + len(plan.rule.lm_weights)]
+            totals = (totals + lm_sums @ np.array(plan.rule.lm_weights)).astype(np.float32)
+        device, vocab = logits[0].device, logits[0].shape[1]
+        self._vocab_sizes = [source.shape[1] for source in logits]
+        temperatures = plan.temperatures or (1.0,) * len(logits)
+        maps = [None if given is None else given.to(device) for given in plan.maps]
+        view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
+        numbers = step_weights(plan.rule, view)
+        sums = torch.from_numpy(totals.reshape(-1))
+        found = fused_step(
+            logits,
+            numbers.weights,
+            sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
+            beam_size=totals.shape[1],
+            top_k=plan.settings.num_candidates,
+            end_id=plan.end_id,
+            temperatures=temperatures,
+            maps=maps,
+            unmapped=plan.unmapped,
+            token_bias=self._bias(step, vocab, device),
+            allowed=self._allowed(view),
+            length_bonus=plan.length_bonus,
+            combine="log_linear" if plan.rule.mixture is None else "mixture",
+            normalize=plan.normalize,
+            backend=plan.backend,
+        )
+        return self._arrays(found)
+
+    def follow(self, candidates: CandidateArrays, tokens: Array, parents: Array, totals: Array) -> None:
+        """Remember the totals of the new rows and, for rules that look back, the parts of their tokens."""
+        if self._keeps_sums:
+            same_parent = candidates.lanes[:, None] == parents[:, :, None]
+            chosen = (same_parent & (candidates.tokens[:, None] == tokens[:, :, None])).argmax(axis=2)
+            utterances = np.arange(len(tokens))[:, None]
+            self.sums = self.sums[utterances, parents] + candidates.parts[utterances, chosen]
+        self.totals = totals
+
+    def own_ids(self, tokens: Array, source: int) -> Array:
+        """Acoustic ids as ids of a source, -1 where it has no such token."""
+        mapping = self._ids[source]
+        if source == 0:
+            return tokens
+        if mapping is not None:
+            known: Array = mapping[tokens]
+            return known
+        return np.where(tokens < self._vocab_sizes[source], tokens, -1)
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Drop utterances: place i of the new batch holds what was at place order[i]."""
+        self.totals = self.totals[list(order)]
+        self.sums = self.sums[list(order)]
+
+    def _sums(self, device: torch.device) -> Tensor | None:
+        if not self._keeps_sums:
+            return None
+        return torch.from_numpy(self.sums.reshape(-1, self.num_sources).astype(np.float32)).to(device)
+
+    def _arrays(self, found: Candidates) -> CandidateArrays:
+        beam_size = self.totals.shape[1]
+        parents = found.parent_rows.cpu().numpy()
+        return CandidateArrays(
+            totals=found.totals.cpu().numpy(),
+            lanes=np.where(parents >= 0, parents % beam_size, -1),
+            tokens=found.token_ids.cpu().numpy(),
+            parts=found.parts.cpu().numpy(),
+            flagged=np.asarray(found.flags.cpu().numpy().reshape(-1, beam_size).any(axis=1)),
+        )
+
+    def _bias(self, step: int, vocab: int, device: torch.device) -> Tensor | None:
+        plan = self.plan
+        forbidden = plan.suppressed
+        if step == 0:
+            forbidden += plan.first_suppressed
+        if step < plan.min_new_tokens:
+            forbidden += plan.settings.end_ids
+        if forbidden not in self._biases:
+            bias = torch.zeros(vocab)
+            bias[list(forbidden)] = float("-inf")
+            self._biases[forbidden] = bias.to(device) if forbidden else None
+        return self._biases[forbidden]
+
+    def _allowed(self, view: StepView) -> Tensor | None:
+        """Every token, but the end token only where the acoustic model finds it likely enough."""
+        plan, acoustic = self.plan, view.logits[0]
+        if plan.end_threshold is None or not plan.rule.fuses:
+            return None
+        end_log_prob = acoustic[:, plan.end_id].float() / view.temperatures[0] - view.acoustic.log_sum_exp
+        refused = end_log_prob < plan.end_threshold * view.acoustic.max_log_prob
+        words = torch.full((acoustic.shape[0], (acoustic.shape[1] + 31) // 32), -1, dtype=torch.int32)
+        words = words.to(acoustic.device)
+        word, bit = divmod(plan.end_id, 32)
+        only_end = 1 << bit if bit < 31 else -(1 << 31)
+        words[:, word] = torch.where(refused, ~only_end, -1).to(torch.int32)
+        return words
