@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import logging
 import tempfile
@@ -59,7 +60,7 @@ def stored(quick: bool) -> list[Emissions]:
     ocr_labels = json.loads((DATA / "ocr_en_mobile" / "labels.json").read_text(encoding="utf-8"))
     ocr_labels[95] = "\u00a0"  # a second space that never wins
     archive = np.load(DATA / "ocr_en_mobile" / "ocr_ctc_logprobs_f16.npz")
-    lines = [archive[name].astype(np.float32) for name in list(archive)[: 6 if quick else 24]]
+    lines = [archive[name].astype(np.float32) for name in list(archive)[: 6 if quick else 12]]
 
     def noisy(logits: np.ndarray) -> np.ndarray:
         return log_softmax(logits + rng.normal(size=logits.shape) * NOISE)
@@ -104,15 +105,17 @@ def flashlight(data: Emissions, beam_size: int) -> Callable[[], object] | None:
     search = CtcSearch(CtcAlphabet(tuple(data.labels), data.blank), CtcOptions(beam_size=beam_size), threads=1)
     for own in emissions:
         best = decoder.decode(own.ctypes.data, *own.shape)[0]
-        if exact(search, own)[0].best.total < best.score - SCORE_TOLERANCE:
-            raise AssertionError(f"our best score {exact(search, own)[0].best.total} is below theirs, {best.score}.")
+        labels = [label for label, _ in itertools.groupby(best.tokens) if label not in (-1, data.blank)]
+        ours = exact(search, own)[0].best
+        if ours.label_ids.tolist() != labels and ours.total < best.score - SCORE_TOLERANCE:
+            raise AssertionError(f"our best score {ours.total} is below theirs, {best.score}.")
     return lambda: [decoder.decode(own.ctypes.data, *own.shape) for own in emissions]
 
 
 def fast_ctc(data: Emissions, beam_size: int) -> Callable[[], object] | None:
     """fast-ctc-decode's search; it wants the blank first and prunes by probability."""
     library = optional("fast_ctc_decode")
-    if library is None:
+    if library is None or beam_size > BEAMS[0]:  # minutes
         return None
     order = [data.blank, *(number for number in range(len(data.labels)) if number != data.blank)]
     letters = "".join(chr(0x4E00 + number) for number in range(len(order)))  # it wants one character each
@@ -188,7 +191,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     torch.set_num_threads(1)
     for name in ("pyctcdecode", "shallowfusion.compat.pyctcdecode"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    repeats = 3 if quick else 9
+    repeats = 3 if quick else 5
     with tempfile.TemporaryDirectory() as folder:
         arpa = Path(folder) / "lm.arpa"
         arpa.write_bytes(gzip.decompress((DATA / "flashlight" / "lm.arpa.gz").read_bytes()))
