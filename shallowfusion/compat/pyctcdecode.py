@@ -253,12 +253,14 @@ class BeamSearchDecoderCTC:
         )
 
     def _search(self, options: CtcOptions) -> CtcSearch:
-        if options not in self._searches:
+        search = self._searches.get(options)
+        if search is None:
             if len(self._searches) >= MOST_SEARCHES:
                 self._searches.clear()
             model = self._language_model
-            self._searches[options] = self._base.with_settings(options, None if model is None else model.to_ctc())
-        return self._searches[options]
+            search = self._base.with_settings(options, None if model is None else model.to_ctc())
+            self._searches[options] = search
+        return search
 
     def _results(
         self, logits_list: Sequence[Any], options: CtcOptions, lm_start_state: int | None, n_best: int

@@ -159,7 +159,7 @@ class CtcLanguage:
 class CtcOptions:
     """What a CTC search maximises, and what it leaves out.
 
-    Without the last six of the pruning options the search is exact up to `beam_size`.
+    The defaults prune by `beam_size` only.
 
     Args:
         beam_size: prefixes kept after each frame.
