@@ -27,6 +27,7 @@ __all__ = ["run"]
 DATA = ROOT.parent / "shared" / "data" / "ctc"
 BEAMS = (100, 25, 500)  # pyctcdecode's default first
 SCORE_TOLERANCE = 1e-3
+MARGIN = 50.0  # nats, torchaudio's default for flashlight-text
 NOISE = 1.5  # standard deviation added to logits, so that beams have something to hold
 
 
@@ -97,12 +98,14 @@ def flashlight(data: Emissions, beam_size: int) -> Callable[[], object] | None:
     if library is None:
         return None
     options = library.LexiconFreeDecoderOptions(
-        beam_size=beam_size, beam_size_token=len(data.labels), beam_threshold=10.0, lm_weight=0.0, sil_score=0.0,
+        beam_size=beam_size, beam_size_token=len(data.labels), beam_threshold=MARGIN, lm_weight=0.0, sil_score=0.0,
         log_add=True, criterion_type=library.CriterionType.CTC,
     )  # fmt: skip
     decoder = library.LexiconFreeDecoder(options, library.ZeroLM(), -1, data.blank, [])
     emissions = [np.ascontiguousarray(own) for own in data.utterances]
-    search = CtcSearch(CtcAlphabet(tuple(data.labels), data.blank), CtcOptions(beam_size=beam_size), threads=1)
+    search = CtcSearch(
+        CtcAlphabet(tuple(data.labels), data.blank), CtcOptions(beam_size=beam_size, beam_margin=MARGIN), threads=1
+    )
     for own in emissions:
         best = decoder.decode(own.ctypes.data, *own.shape)[0]
         labels = [label for label, _ in itertools.groupby(best.tokens) if label not in (-1, data.blank)]
@@ -137,7 +140,9 @@ def plain_rows(data: Emissions, beam_size: int, repeats: int) -> list[Measuremen
             theirs.decode_beams(x, beam_width=beam_size) for x in data.utterances
         ]
     rows = compared(data, beam_size, "no LM, pruned as pyctcdecode", providers, repeats)
-    search = CtcSearch(CtcAlphabet(tuple(data.labels), data.blank), CtcOptions(beam_size=beam_size), threads=1)
+    search = CtcSearch(
+        CtcAlphabet(tuple(data.labels), data.blank), CtcOptions(beam_size=beam_size, beam_margin=MARGIN), threads=1
+    )
     providers = {"shallowfusion CtcSearch": lambda: [exact(search, x) for x in data.utterances]}
     for name, made in (
         ("flashlight-text", flashlight(data, beam_size)),
