@@ -26,7 +26,8 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"decoder"},
+    {"decoder", "ctc"},
+    {"compat"},
     {"evaluation"},
     {"demo"},
     {"cli"},
@@ -38,6 +39,7 @@ NATIVE_FACES = {
     "scorers/page_pool.py",
     "ngrams/arpa_native.py",
     "ngrams/table.py",
+    "ctc/search.py",
     "phrases/automaton.py",
 }
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
