@@ -16,6 +16,7 @@ from shallowfusion.config import require
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
+from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Timing, Transcription, compression_ratio
 from shallowfusion.scorers.base import Context, Scorer
@@ -28,9 +29,10 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.scorers.mixture import MixtureScorer
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
-from shallowfusion.text.vocabulary import text_map, token_map
+from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Hypothesis, Token, Unmapped
 
 __all__ = ["FusionDecoder"]
@@ -102,7 +104,13 @@ class FusionDecoder:
 
     def names_under(self, rule: Rule) -> tuple[str, ...]:
         """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
-        return (*self.source_names, "ilm") if rule.ilm_weight else self.source_names
+        own = ("asr", "lm") if rule.lm_mixture else self.source_names
+        return (*own, "ilm") if rule.ilm_weight else own
+
+    def _models_under(self, rule: Rule) -> Sequence[Any]:
+        if not rule.lm_mixture:
+            return self.language_models
+        return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def transcribe(self, recordings: Any, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
         """Transcribe recordings of up to the model's window (30 s for Whisper).
@@ -216,10 +224,11 @@ class FusionDecoder:
         prefixes = [self._prefix(language, options) for language in languages]
         plan = self._plan(options, max(len(prefix) for prefix in prefixes))
         width, longest = options.beam_size, plan.settings.max_new_tokens
-        scorers: list[Scorer] = [self.acoustic.scorer, *self.language_models]
+        models = self._models_under(plan.rule)
+        scorers: list[Scorer] = [self.acoustic.scorer, *models]
         heard = Context(prefixes, width, longest, encoder_output)
         contexts = [heard]
-        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in self.language_models]
+        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in models]
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
@@ -249,7 +258,8 @@ class FusionDecoder:
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
-        maps = [token_map(acoustic.vocabulary, lm.vocabulary, include_end) for lm in self.language_models]
+        vocabularies = [model.vocabulary for model in self._models_under(rule)]
+        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
         temperatures = [options.asr_temperature, *[options.lm_temperature] * len(maps)]
@@ -271,6 +281,13 @@ class FusionDecoder:
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
             length_bonus=options.length_bonus,
+            class_sources=class_sources(
+                class_factors(acoustic.vocabulary, dict(rule.class_factors)),
+                (None, *maps),
+                [len(acoustic.vocabulary), *map(len, vocabularies)],
+                not include_end,
+                tokens.end,
+            ),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from shallowfusion.config import BeamSettings
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import Backend
+from shallowfusion.fusion.token_classes import ClassSource
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
@@ -38,6 +39,7 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        class_sources: second looks at sources for tokens whose weight differs.
         no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
     """
 
@@ -52,6 +54,7 @@ class SearchPlan:
     min_new_tokens: int = 0
     end_threshold: float | None = None
     length_bonus: float = 0.0
+    class_sources: tuple[ClassSource, ...] = ()
     no_repeat_ngram_size: int = 0
     backend: Backend = "auto"
 

@@ -15,7 +15,7 @@ from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
 from shallowfusion.search.candidates import WIDENING, CandidateArrays, CandidateScorer, with_candidate_scores
 from shallowfusion.search.guards import RepeatGuard
-from shallowfusion.values import Candidates
+from shallowfusion.values import Candidates, Unmapped
 
 if TYPE_CHECKING:
     from shallowfusion.search.loop import SearchPlan
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Rows"]
 
 Array = npt.NDArray[Any]
+NOTHING = Unmapped("floor", 0.0)
 
 
 class Rows:
@@ -60,16 +61,18 @@ class Rows:
         view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
         numbers = step_weights(plan.rule, view)
         sums = torch.from_numpy(totals.reshape(-1))
+        looks = plan.class_sources
+        weights = [numbers.weights, *(look.factor * numbers.weights[:, look.source, None] for look in looks)]
         found = fused_step(
-            logits,
-            numbers.weights,
+            [*logits, *(logits[look.source] for look in looks)],
+            torch.cat(weights, dim=1) if looks else numbers.weights,
             sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
             beam_size=totals.shape[1],
             top_k=plan.settings.num_candidates * (WIDENING if self.scorers else 1),
             end_id=plan.end_id,
-            temperatures=temperatures,
-            maps=maps,
-            unmapped=plan.unmapped,
+            temperatures=[*temperatures, *(temperatures[look.source] for look in looks)],
+            maps=[*maps, *(look.map.to(device) for look in looks)],
+            unmapped=[*plan.unmapped, *[NOTHING] * len(looks)],
             token_bias=self._bias(step, vocab, device),
             allowed=self._allowed(view),
             length_bonus=plan.length_bonus,
@@ -126,7 +129,7 @@ class Rows:
             totals=found.totals.cpu().numpy(),
             lanes=np.where(parents >= 0, parents % beam_size, -1),
             tokens=found.token_ids.cpu().numpy(),
-            parts=found.parts.cpu().numpy(),
+            parts=found.parts[:, :, : self.num_sources].cpu().numpy(),
             flagged=np.asarray(found.flags.cpu().numpy().reshape(-1, beam_size).any(axis=1)),
         )
 
