@@ -18,6 +18,8 @@ from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
+from shallowfusion.phrases.automaton import PhraseAutomaton
+from shallowfusion.phrases.patterns import patterns, spread
 from shallowfusion.results import Timing, Transcription, compression_ratio
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.internal_lm import InternalLMScorer
@@ -65,6 +67,7 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
+        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
         for model in self.language_models:
             token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
@@ -288,8 +291,23 @@ class FusionDecoder:
                 not include_end,
                 tokens.end,
             ),
+            phrases=self._phrases(options.weighted_hotwords()),
+            vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
+
+    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
+        """The automaton of the hotwords; the one of the call before if they are the same."""
+        if not hotwords:
+            return None
+        if self._last_phrases is None or self._last_phrases[0] != hotwords:
+            encode = self.acoustic.tokenizer.encode
+
+            def segment(text: str) -> list[list[int]]:
+                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
+
+            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
+        return self._last_phrases[1]
 
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
         given = options.suppress_tokens
