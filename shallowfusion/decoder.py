@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread
-from shallowfusion.results import Timing, Transcription, compression_ratio
+from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import (
@@ -32,17 +31,14 @@ from shallowfusion.scorers.loading import (
     load_whisper,
 )
 from shallowfusion.scorers.mixture import MixtureScorer
-from shallowfusion.search.beam_state import FinishedHypothesis
-from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
+from shallowfusion.search.loop import SearchPlan, StageClock, search
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
-from shallowfusion.values import Hypothesis, Token, Unmapped
+from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
+from shallowfusion.values import Hypothesis, Unmapped
 
 __all__ = ["FusionDecoder"]
 
 logger = logging.getLogger(__name__)
-
-LOOP_COMPRESSION_RATIO = 2.4  # openai-whisper's threshold
-TRUNCATION_LOG_PROB = math.log(0.1)
 
 
 class FusionDecoder:
@@ -153,7 +149,7 @@ class FusionDecoder:
         options = self._options(options, names)
         clock = StageClock()
         output = self._encoder_output(inputs, clock)
-        searched = self._search(output, options, clock)
+        searched = self._search(output, [1.0] * len(output), options, clock)
         seconds = float(self.acoustic.features.chunk_seconds)
         timing = Timing(dict(clock.seconds), seconds * len(output))
         return [
@@ -186,8 +182,9 @@ class FusionDecoder:
         if samples:
             with clock("features"):
                 features = log_mel(samples, self.acoustic.features)
-            searched = self._search(self._encoder_output(features, clock), options, clock)
-            rate = self.acoustic.features.sampling_rate
+            rate, whole = self.acoustic.features.sampling_rate, self.acoustic.features.chunk_samples
+            sound = [len(own) / whole for own in samples]
+            searched = self._search(self._encoder_output(features, clock), sound, options, clock)
             timing = Timing(dict(clock.seconds), sum(len(s) for s in samples) / rate)
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
@@ -221,7 +218,7 @@ class FusionDecoder:
         return inputs.to(self.acoustic.scorer.device, model.dtype)
 
     def _search(
-        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock
+        self, encoder_output: Tensor, sound: Sequence[float], options: DecodingOptions, clock: StageClock
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         languages = self._languages(encoder_output, options, clock)
         prefixes = [self._prefix(language, options) for language in languages]
@@ -238,10 +235,15 @@ class FusionDecoder:
         names = self.names_under(plan.rule)
         outcomes = search(scorers, contexts, names, plan, clock)
         with clock("text"):
-            return [
-                (self._hypotheses(outcome, names, options.n_best), language, plan.rule)
-                for outcome, language in zip(outcomes, languages, strict=True)
+            found = [hypotheses_of(outcome, names, self.acoustic) for outcome in outcomes]
+        with clock("asr"):
+            found = [
+                ranked_by_listening(own, self.acoustic, encoder_output[i], prefixes[i], sound[i], options)
+                for i, own in enumerate(found)
             ]
+        return [
+            (tuple(own[: options.n_best]), language, plan.rule) for own, language in zip(found, languages, strict=True)
+        ]
 
     def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
         if variant == "trained":
@@ -366,28 +368,3 @@ class FusionDecoder:
         text = " " + options.initial_prompt.strip()
         ids = self.acoustic.tokenizer.encode(text, add_special_tokens=False)
         return [int(previous), *ids[-(self.acoustic.scorer.window // 2 - 1) :]]  # type: ignore[arg-type]
-
-    def _hypotheses(self, outcome: SearchOutcome, names: Sequence[str], count: int) -> tuple[Hypothesis, ...]:
-        return tuple(self._hypothesis(found, names, outcome.saw_nan) for found in outcome.hypotheses[:count])
-
-    def _hypothesis(self, found: FinishedHypothesis, names: Sequence[str], saw_nan: bool) -> Hypothesis:
-        tokenizer, end = self.acoustic.tokenizer, self.acoustic.tokens.end
-        ids = list(found.token_ids)
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        texts = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
-        if found.ended:
-            ids, texts = [*ids, end], [*texts, ""]
-        parts = found.parts.astype(float)
-        tokens = tuple(
-            Token(i, t, float(total), dict(zip(names, row.tolist(), strict=True)))
-            for i, t, total, row in zip(ids, texts, found.token_totals, parts, strict=True)
-        )
-        sums = dict(zip(names, parts.sum(axis=0).tolist(), strict=True))
-        flags = {
-            "forced_finish": not found.ended,
-            "truncation": found.ended and parts[-1, 0] < TRUNCATION_LOG_PROB,
-            "repetition": compression_ratio(text) > LOOP_COMPRESSION_RATIO,
-            "nan": saw_nan,
-        }
-        raised = tuple(name for name, is_raised in flags.items() if is_raised)
-        return Hypothesis(text, tuple(found.token_ids), tokens, found.total, found.key, sums, raised)

@@ -26,6 +26,7 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
+    {"transcripts"},
     {"decoder", "ctc"},
     {"compat"},
     {"evaluation"},

@@ -116,6 +116,8 @@ def _numbers() -> dict[str, tuple[type, str]]:
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
         "max_new_tokens": (int, "no more tokens than this (default: what the model's window leaves)"),
         "no_repeat_ngram_size": (int, "no group of this many tokens is said twice (default: 0, off)"),
+        "coverage_weight": (float, "weight of the recording's coverage in the ranking of the n-best (default: 0)"),
+        "min_attention_centre": (float, "ends that look at less of the recording than this come last (default: off)"),
         "asr_temperature": (float, "default: 1"),
         "lm_temperature": (float, "default: 1"),
         "batch_size": (int, "recordings decoded together (default: 8)"),
