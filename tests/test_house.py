@@ -28,6 +28,7 @@ LEVELS = [
     {"options", "results"},
     {"decoder"},
     {"evaluation"},
+    {"training"},
     {"demo"},
     {"cli"},
 ]

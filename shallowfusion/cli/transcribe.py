@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Any
 
-from shallowfusion.fusion import Rule, piecewise, static
+from shallowfusion.config import require
+from shallowfusion.fusion import Rule, parse_rule, piecewise, static
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
 
@@ -77,6 +78,12 @@ def options_from(arguments: argparse.Namespace) -> DecodingOptions:
 def _rule(arguments: argparse.Namespace) -> Rule | None:
     """A rule only where the plain option names cannot say it."""
     weights = arguments.lm_weight
+    if arguments.rule is not None:
+        require(
+            not (weights or arguments.initial_steps or arguments.ramp or arguments.catch_up),
+            "give either --rule or --lm-weight, --initial-steps, --ramp and --catch-up, got both; the rule holds them.",
+        )
+        return parse_rule(arguments.rule)
     if not (arguments.ramp or arguments.catch_up or len(weights) > 1):
         return None
     if not (arguments.initial_steps or arguments.ramp or arguments.catch_up):
@@ -127,6 +134,10 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """The options `options_from` reads."""
     group = parser.add_argument_group("decoding options")
+    group.add_argument(
+        "--rule", default=None, metavar="RULE",
+        help="fusion rule, for instance \"internal_lm(0.8, 0.2)\", in place of --lm-weight and what goes with it",
+    )  # fmt: skip
     group.add_argument(
         "--lm-weight", type=float, action="append", default=[], metavar="W", help="one per --lm (default: 0.24)"
     )

@@ -10,12 +10,14 @@ from shallowfusion.fusion.catalogue import (
     internal_lm,
     inverse_entropy_gate,
     late_fusion,
+    learned,
     margin_gate,
     piecewise,
     static,
     uadf,
     uadf_asr_primary,
 )
+from shallowfusion.fusion.parsing import parse_rule
 from shallowfusion.fusion.rescore import rescore
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import fused_step, row_statistics
@@ -32,7 +34,9 @@ __all__ = [
     "internal_lm",
     "inverse_entropy_gate",
     "late_fusion",
+    "learned",
     "margin_gate",
+    "parse_rule",
     "piecewise",
     "rescore",
     "row_statistics",
