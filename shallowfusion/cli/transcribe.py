@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured
 from shallowfusion.config import require
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
 from shallowfusion.options import DecodingOptions
@@ -25,17 +26,20 @@ def add_parser(commands: Any) -> None:
         "models. Exit code 2 if any recording fails; the others are transcribed all the same.",
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
-    add_model_options(parser)
+    add_model_options(parser, is_required=False)
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
     add_decoding_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    apply_configuration(arguments)
+    require(arguments.asr is not None, "give a Whisper-type model with --asr, or a decoder file with --config.")
     options = options_from(arguments)
     from shallowfusion.decoder import FusionDecoder
 
     decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    options = configured(arguments, decoder, options)
     failed = 0
     batches = range(0, len(arguments.recordings), options.batch_size)
     for start in progress(batches, f"{len(arguments.recordings)} recordings"):
@@ -127,6 +131,7 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         default=[],
         help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
     )
+    add_configuration(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
 

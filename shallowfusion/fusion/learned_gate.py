@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ class LearnedGate:
 
     Args:
         fingerprints: of the acoustic model and the language models it was trained for.
-        origin: where it was loaded from, for `repr`.
+        origin, digest: where it was loaded from and which weights these are, for `repr`.
     """
 
     needs_sums: ClassVar[bool] = False
@@ -155,6 +156,7 @@ class LearnedGate:
     network: GateNetwork = field(repr=False, compare=False)
     fingerprints: tuple[str, ...] = ()
     origin: str = ""
+    digest: str = ""
 
     @torch.inference_mode()
     def shares(self, view: StepView) -> Tensor:
@@ -217,4 +219,5 @@ class LearnedGate:
                 f"{place} cannot be loaded as a learned gate ({type(error).__name__}: {reason}); make one with "
                 "shallowfusion train-gate."
             ) from error
-        return cls(settings, network.eval(), fingerprints, str(directory))
+        digest = hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest()[:16]
+        return cls(settings, network.eval(), fingerprints, str(directory), digest)

@@ -44,10 +44,15 @@ class CandidateArrays:
 
 
 class Rows:
-    """Totals of the live rows and, for rules that look back, what each source said of their tokens."""
+    """Totals of the live rows and, for rules that look back, what each source said of their tokens.
 
-    def __init__(self, plan: SearchPlan, num_sources: int, num_utterances: int) -> None:
+    Args:
+        top_k: candidates per utterance; None = as many as the beam needs.
+    """
+
+    def __init__(self, plan: SearchPlan, num_sources: int, num_utterances: int, top_k: int | None = None) -> None:
         self.plan = plan
+        self.top_k = plan.settings.num_candidates if top_k is None else top_k
         self.num_sources = num_sources
         self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
         self.sums = np.zeros((num_utterances, 1, num_sources), dtype=np.float64)
@@ -74,7 +79,7 @@ class Rows:
             numbers.weights,
             sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
             beam_size=totals.shape[1],
-            top_k=plan.settings.num_candidates,
+            top_k=self.top_k,
             end_id=plan.end_id,
             temperatures=temperatures,
             maps=maps,
