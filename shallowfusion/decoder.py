@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import (
     AcousticModel,
@@ -32,6 +34,7 @@ from shallowfusion.scorers.loading import (
 )
 from shallowfusion.scorers.mixture import MixtureScorer
 from shallowfusion.search.loop import SearchPlan, StageClock, search
+from shallowfusion.search.sources import Sources
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
 from shallowfusion.values import Hypothesis, Unmapped
@@ -94,6 +97,11 @@ class FusionDecoder:
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
         vocabulary = acoustic.scorer.vocabulary
         return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the acoustic model and each language model: which weights and vocabulary they have, see `fingerprint`."""
+        return tuple(fingerprint(scorer) for scorer in (self.acoustic.scorer, *self.language_models))
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -217,9 +225,39 @@ class FusionDecoder:
                 return self.acoustic.scorer.encode(inputs)
         return inputs.to(self.acoustic.scorer.device, model.dtype)
 
+    def encode(self, recordings: Sequence[Any]) -> Tensor:
+        """Encoder output [recordings, frames, size], which `decode` takes any number of times.
+
+        Raises:
+            AudioError: a recording cannot be read, or is longer than the model's window.
+        """
+        require(len(recordings) > 0, "recordings must hold at least one recording, got an empty list.")
+        samples = [self._samples(item, str(item) if isinstance(item, (str, Path)) else "array") for item in recordings]
+        return self._encoder_output(log_mel(samples, self.acoustic.features), StageClock())
+
+    def sources(self, encoder_output: Tensor, options: DecodingOptions) -> Sources:
+        """What a search of these utterances would run: scorers with their contexts, and the plan."""
+        return self._sources(encoder_output, options, StageClock())
+
     def _search(
         self, encoder_output: Tensor, sound: Sequence[float], options: DecodingOptions, clock: StageClock
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
+        own = self._sources(encoder_output, options, clock)
+        outcomes = search(own.scorers, own.contexts, own.names, own.plan, clock)
+        with clock("text"):
+            found = [hypotheses_of(outcome, own.names, self.acoustic) for outcome in outcomes]
+        with clock("asr"):
+            prefixes = own.contexts[0].prompts
+            found = [
+                ranked_by_listening(listed, self.acoustic, encoder_output[i], prefixes[i], sound[i], options)
+                for i, listed in enumerate(found)
+            ]
+        return [
+            (tuple(listed[: options.n_best]), language, own.plan.rule)
+            for listed, language in zip(found, own.languages, strict=True)
+        ]
+
+    def _sources(self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock) -> Sources:
         languages = self._languages(encoder_output, options, clock)
         prefixes = [self._prefix(language, options) for language in languages]
         plan = self._plan(options, max(len(prefix) for prefix in prefixes))
@@ -232,18 +270,7 @@ class FusionDecoder:
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
-        names = self.names_under(plan.rule)
-        outcomes = search(scorers, contexts, names, plan, clock)
-        with clock("text"):
-            found = [hypotheses_of(outcome, names, self.acoustic) for outcome in outcomes]
-        with clock("asr"):
-            found = [
-                ranked_by_listening(own, self.acoustic, encoder_output[i], prefixes[i], sound[i], options)
-                for i, own in enumerate(found)
-            ]
-        return [
-            (tuple(own[: options.n_best]), language, plan.rule) for own, language in zip(found, languages, strict=True)
-        ]
+        return Sources(tuple(scorers), tuple(contexts), self.names_under(plan.rule), plan, tuple(languages))
 
     def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
         if variant == "trained":
@@ -260,6 +287,8 @@ class FusionDecoder:
 
     def _plan(self, options: DecodingOptions, prefix_length: int) -> SearchPlan:
         rule = options.resolved_rule(len(self.language_models))
+        if rule.gate is not None and getattr(rule.gate, "fingerprints", None):  # a learned gate knows its models
+            rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
@@ -267,7 +296,7 @@ class FusionDecoder:
         maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        temperatures = [options.asr_temperature, *[options.lm_temperature] * len(maps)]
+        temperatures = [options.asr_temperature, *options.lm_temperatures(len(maps))]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
             maps.append(text_map(acoustic.vocabulary))
             unmapped.append(nothing)

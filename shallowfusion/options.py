@@ -51,7 +51,8 @@ class DecodingOptions:
         initial_prompt: text the acoustic model sees as previous text.
         language: code of a multilingual model's language, None = detected.
         task: "transcribe" or "translate".
-        asr_temperature, lm_temperature: logits are divided by it before the softmax.
+        asr_temperature, lm_temperature: logits are divided by it before the softmax; `lm_temperature` may hold one
+            number per language model.
         batch_size: utterances decoded together.
 
     Raises:
@@ -85,7 +86,7 @@ class DecodingOptions:
     language: str | None = None
     task: Literal["transcribe", "translate"] = "transcribe"
     asr_temperature: float = 1.0
-    lm_temperature: float = 1.0
+    lm_temperature: float | Sequence[float] = 1.0
     batch_size: int = 8
     num_beams: InitVar[int | None] = None
 
@@ -131,12 +132,14 @@ class DecodingOptions:
             self.without_timestamps is True,
             "without_timestamps=False is not supported yet; it comes with long-form decoding.",
         )
-        for name in ("asr_temperature", "lm_temperature"):
-            value = getattr(self, name)
+        several = not isinstance(self.lm_temperature, (int, float, str)) and bool(self.lm_temperature)
+        own = tuple(self.lm_temperature) if several else (self.lm_temperature,)  # type: ignore[arg-type]
+        for name, value in [("asr_temperature", self.asr_temperature), *(("lm_temperature", value) for value in own)]:
             require(
                 isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
                 f"{name} must be finite and above 0, got {value!r}.",
             )
+        object.__setattr__(self, "lm_temperature", own if several else own[0])
         for name in ("min_new_tokens", "no_repeat_ngram_size"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, f"{name} must be an integer >= 0, got {value!r}.")
@@ -198,6 +201,20 @@ class DecodingOptions:
         weight = default if self.lm_weight is None else self.lm_weight
         rule = piecewise(weight, self.initial_steps) if self.initial_steps else static(weight)
         return rule.for_models(num_models)
+
+    def lm_temperatures(self, num_models: int) -> tuple[float, ...]:
+        """The temperature of each of `num_models` language models.
+
+        Raises:
+            InvalidArgumentError: another number of temperatures than of models.
+        """
+        if not isinstance(self.lm_temperature, Sequence):
+            return (self.lm_temperature,) * num_models
+        require(
+            len(self.lm_temperature) == num_models,
+            f"lm_temperature holds {len(self.lm_temperature)} numbers, but {num_models} language model(s) are loaded.",
+        )
+        return tuple(self.lm_temperature)
 
     def beam_settings(self, end_id: int, room: int) -> BeamSettings:
         """Search settings for a model that ends with `end_id` and has room for `room` new tokens."""

@@ -30,6 +30,7 @@ LEVELS = [
     {"decoder", "ctc"},
     {"compat"},
     {"evaluation"},
+    {"training"},
     {"demo"},
     {"cli"},
 ]
