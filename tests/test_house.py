@@ -26,7 +26,7 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"transcripts"},
+    {"transcripts", "planning"},
     {"decoder", "ctc"},
     {"compat"},
     {"evaluation"},
