@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +16,11 @@ from shallowfusion.config import require
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
+from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
-from shallowfusion.results import Timing, Transcription, compression_ratio
+from shallowfusion.phrases.automaton import PhraseAutomaton
+from shallowfusion.phrases.patterns import patterns, spread
+from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
@@ -30,18 +32,16 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
-from shallowfusion.search.beam_state import FinishedHypothesis
-from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
+from shallowfusion.scorers.mixture import MixtureScorer
+from shallowfusion.search.loop import SearchPlan, StageClock, search
 from shallowfusion.search.sources import Sources
-from shallowfusion.text.vocabulary import text_map, token_map
-from shallowfusion.values import Hypothesis, Token, Unmapped
+from shallowfusion.text.vocabulary import class_factors, text_map, token_map
+from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
+from shallowfusion.values import Hypothesis, Unmapped
 
 __all__ = ["FusionDecoder"]
 
 logger = logging.getLogger(__name__)
-
-LOOP_COMPRESSION_RATIO = 2.4  # openai-whisper's threshold
-TRUNCATION_LOG_PROB = math.log(0.1)
 
 
 class FusionDecoder:
@@ -66,6 +66,7 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
+        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
         for model in self.language_models:
             token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
@@ -110,7 +111,13 @@ class FusionDecoder:
 
     def names_under(self, rule: Rule) -> tuple[str, ...]:
         """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
-        return (*self.source_names, "ilm") if rule.ilm_weight else self.source_names
+        own = ("asr", "lm") if rule.lm_mixture else self.source_names
+        return (*own, "ilm") if rule.ilm_weight else own
+
+    def _models_under(self, rule: Rule) -> Sequence[Any]:
+        if not rule.lm_mixture:
+            return self.language_models
+        return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def transcribe(self, recordings: Any, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
         """Transcribe recordings of up to the model's window (30 s for Whisper).
@@ -150,7 +157,7 @@ class FusionDecoder:
         options = self._options(options, names)
         clock = StageClock()
         output = self._encoder_output(inputs, clock)
-        searched = self._search(output, options, clock)
+        searched = self._search(output, [1.0] * len(output), options, clock)
         seconds = float(self.acoustic.features.chunk_seconds)
         timing = Timing(dict(clock.seconds), seconds * len(output))
         return [
@@ -183,8 +190,9 @@ class FusionDecoder:
         if samples:
             with clock("features"):
                 features = log_mel(samples, self.acoustic.features)
-            searched = self._search(self._encoder_output(features, clock), options, clock)
-            rate = self.acoustic.features.sampling_rate
+            rate, whole = self.acoustic.features.sampling_rate, self.acoustic.features.chunk_samples
+            sound = [len(own) / whole for own in samples]
+            searched = self._search(self._encoder_output(features, clock), sound, options, clock)
             timing = Timing(dict(clock.seconds), sum(len(s) for s in samples) / rate)
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
@@ -232,25 +240,33 @@ class FusionDecoder:
         return self._sources(encoder_output, options, StageClock())
 
     def _search(
-        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock
+        self, encoder_output: Tensor, sound: Sequence[float], options: DecodingOptions, clock: StageClock
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._sources(encoder_output, options, clock)
         outcomes = search(own.scorers, own.contexts, own.names, own.plan, clock)
         with clock("text"):
-            return [
-                (self._hypotheses(outcome, own.names, options.n_best), language, own.plan.rule)
-                for outcome, language in zip(outcomes, own.languages, strict=True)
+            found = [hypotheses_of(outcome, own.names, self.acoustic) for outcome in outcomes]
+        with clock("asr"):
+            prefixes = own.contexts[0].prompts
+            found = [
+                ranked_by_listening(listed, self.acoustic, encoder_output[i], prefixes[i], sound[i], options)
+                for i, listed in enumerate(found)
             ]
+        return [
+            (tuple(listed[: options.n_best]), language, own.plan.rule)
+            for listed, language in zip(found, own.languages, strict=True)
+        ]
 
     def _sources(self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock) -> Sources:
         languages = self._languages(encoder_output, options, clock)
         prefixes = [self._prefix(language, options) for language in languages]
         plan = self._plan(options, max(len(prefix) for prefix in prefixes))
         width, longest = options.beam_size, plan.settings.max_new_tokens
-        scorers: list[Scorer] = [self.acoustic.scorer, *self.language_models]
+        models = self._models_under(plan.rule)
+        scorers: list[Scorer] = [self.acoustic.scorer, *models]
         heard = Context(prefixes, width, longest, encoder_output)
         contexts = [heard]
-        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in self.language_models]
+        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in models]
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
@@ -276,7 +292,8 @@ class FusionDecoder:
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
-        maps = [token_map(acoustic.vocabulary, lm.vocabulary, include_end) for lm in self.language_models]
+        vocabularies = [model.vocabulary for model in self._models_under(rule)]
+        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
         temperatures = [options.asr_temperature, *options.lm_temperatures(len(maps))]
@@ -298,7 +315,30 @@ class FusionDecoder:
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
             length_bonus=options.length_bonus,
+            class_sources=class_sources(
+                class_factors(acoustic.vocabulary, dict(rule.class_factors)),
+                (None, *maps),
+                [len(acoustic.vocabulary), *map(len, vocabularies)],
+                not include_end,
+                tokens.end,
+            ),
+            phrases=self._phrases(options.weighted_hotwords()),
+            vocab_size=len(acoustic.vocabulary),
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
+
+    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
+        """The automaton of the hotwords; the one of the call before if they are the same."""
+        if not hotwords:
+            return None
+        if self._last_phrases is None or self._last_phrases[0] != hotwords:
+            encode = self.acoustic.tokenizer.encode
+
+            def segment(text: str) -> list[list[int]]:
+                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
+
+            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
+        return self._last_phrases[1]
 
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
         given = options.suppress_tokens
@@ -357,28 +397,3 @@ class FusionDecoder:
         text = " " + options.initial_prompt.strip()
         ids = self.acoustic.tokenizer.encode(text, add_special_tokens=False)
         return [int(previous), *ids[-(self.acoustic.scorer.window // 2 - 1) :]]  # type: ignore[arg-type]
-
-    def _hypotheses(self, outcome: SearchOutcome, names: Sequence[str], count: int) -> tuple[Hypothesis, ...]:
-        return tuple(self._hypothesis(found, names, outcome.saw_nan) for found in outcome.hypotheses[:count])
-
-    def _hypothesis(self, found: FinishedHypothesis, names: Sequence[str], saw_nan: bool) -> Hypothesis:
-        tokenizer, end = self.acoustic.tokenizer, self.acoustic.tokens.end
-        ids = list(found.token_ids)
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        texts = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
-        if found.ended:
-            ids, texts = [*ids, end], [*texts, ""]
-        parts = found.parts.astype(float)
-        tokens = tuple(
-            Token(i, t, float(total), dict(zip(names, row.tolist(), strict=True)))
-            for i, t, total, row in zip(ids, texts, found.token_totals, parts, strict=True)
-        )
-        sums = dict(zip(names, parts.sum(axis=0).tolist(), strict=True))
-        flags = {
-            "forced_finish": not found.ended,
-            "truncation": found.ended and parts[-1, 0] < TRUNCATION_LOG_PROB,
-            "repetition": compression_ratio(text) > LOOP_COMPRESSION_RATIO,
-            "nan": saw_nan,
-        }
-        raised = tuple(name for name, is_raised in flags.items() if is_raised)
-        return Hypothesis(text, tuple(found.token_ids), tokens, found.total, found.key, sums, raised)

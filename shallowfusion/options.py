@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, Literal
 
 from shallowfusion.config import BeamSettings, StopRule, require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.catalogue import piecewise, static
+from shallowfusion.fusion.coverage import COVERAGE_KINDS, CoverageKind
 from shallowfusion.fusion.rules import END_POLICIES, EndPolicy, Rule
 
 __all__ = ["DecodingOptions"]
@@ -36,6 +37,14 @@ class DecodingOptions:
             least end_threshold times that of the best token (>= 1; 1.5 is customary); None switches it off.
         stop_rule: "hf", "whisper" or "espnet".
         min_new_tokens, max_new_tokens: bounds on generated tokens; None = what the model's window leaves.
+        no_repeat_ngram_size: no hypothesis says the same group of that many tokens twice, as in transformers; 0 = it
+            may.
+        hotwords: words and phrases to favour: {"Fallot": 4.0} in nats for saying it once, or texts alone, which get
+            `hotword_weight` each; negative weights make a phrase less likely.
+        coverage_weight: the n-best are ranked by score + coverage_weight * how well cross-attention covered the sound;
+            `coverage` is "threshold" (frames looked at), "gnmt" or "excess" (see `fusion.coverage`).
+        min_attention_centre: hypotheses that end while the decoder looks at less than this share of the recording are
+            ranked last and flagged "truncation"; 0.5 is sensible, None switches it off.
         suppress_tokens: ids never generated; "-1" or -1 = the model's own list, None or () = none.
         suppress_blank: the model's list for the first token (blank and end).
         without_timestamps: only True in this release.
@@ -64,6 +73,12 @@ class DecodingOptions:
     stop_rule: StopRule = "hf"
     min_new_tokens: int = 0
     max_new_tokens: int | None = None
+    no_repeat_ngram_size: int = 0
+    hotwords: Mapping[str, float] | Sequence[str] | str | None = None
+    hotword_weight: float = 4.0
+    coverage_weight: float = 0.0
+    coverage: CoverageKind = "threshold"
+    min_attention_centre: float | None = None
     suppress_tokens: Sequence[int] | str | int | None = "-1"
     suppress_blank: bool = True
     without_timestamps: bool = True
@@ -125,10 +140,11 @@ class DecodingOptions:
                 f"{name} must be finite and above 0, got {value!r}.",
             )
         object.__setattr__(self, "lm_temperature", own if several else own[0])
-        require(
-            isinstance(self.min_new_tokens, int) and self.min_new_tokens >= 0,
-            f"min_new_tokens must be an integer >= 0, got {self.min_new_tokens!r}.",
-        )
+        for name in ("min_new_tokens", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, f"{name} must be an integer >= 0, got {value!r}.")
+        self._check_coverage()
+        self.weighted_hotwords()
         self._check_rule()
         self.beam_settings(end_id=0, room=448)
 
@@ -140,6 +156,38 @@ class DecodingOptions:
         if unknown:
             raise InvalidArgumentError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         return cls(**names)
+
+    def _check_coverage(self) -> None:
+        require(math.isfinite(self.coverage_weight), f"coverage_weight must be finite, got {self.coverage_weight!r}.")
+        require(
+            self.coverage in COVERAGE_KINDS,
+            f"coverage must be one of {', '.join(COVERAGE_KINDS)}, got {self.coverage!r}.",
+        )
+        require(
+            self.min_attention_centre is None or 0 <= self.min_attention_centre <= 1,
+            f"min_attention_centre must be from 0 to 1 or None, got {self.min_attention_centre!r}.",
+        )
+
+    def weighted_hotwords(self) -> dict[str, float]:
+        """Phrases and their weights in nats; empty without hotwords."""
+        given = self.hotwords
+        if given is None:
+            return {}
+        if isinstance(given, str):
+            given = [given]
+        if not isinstance(given, Mapping):
+            require(
+                isinstance(given, Sequence) and all(isinstance(text, str) for text in given),
+                f"hotwords must be texts or a mapping of text to weight, got {given!r}.",
+            )
+            given = dict.fromkeys(given, self.hotword_weight)
+        for text, weight in given.items():
+            require(isinstance(text, str) and bool(text.strip()), f"hotwords must be texts, got {text!r}.")
+            require(
+                isinstance(weight, (int, float)) and math.isfinite(weight),
+                f"the weight of hotword {text!r} must be finite (nats for saying it), got {weight!r}.",
+            )
+        return dict(given)
 
     def _check_rule(self) -> None:
         if self.rule is None:

@@ -26,7 +26,9 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"decoder"},
+    {"transcripts"},
+    {"decoder", "ctc"},
+    {"compat"},
     {"evaluation"},
     {"training"},
     {"demo"},
@@ -37,7 +39,9 @@ NATIVE_FACES = {
     "fusion/native_step.py",
     "search/beam_state.py",
     "scorers/page_pool.py",
+    "ngrams/arpa_native.py",
     "ngrams/table.py",
+    "ctc/search.py",
     "phrases/automaton.py",
 }
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")

@@ -144,7 +144,8 @@ class CachedScorer(ABC):
         """Change what each row sees; no key, value or logit is moved."""
         state.slots.fork(parents)
         utterances = np.arange(len(parents))[:, None]
-        state.forked = (utterances * state.lengths.shape[1] + parents).reshape(-1)
+        source = (utterances * state.lengths.shape[1] + parents).reshape(-1)
+        state.forked = source if state.forked is None else state.forked[source]
         state.lengths = state.lengths[utterances, parents]
         state.histories = [[old[k] for k in own] for old, own in zip(state.histories, parents, strict=True)]
         return state

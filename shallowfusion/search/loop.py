@@ -14,9 +14,12 @@ from torch import Tensor
 from shallowfusion.config import BeamSettings
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import Backend
+from shallowfusion.fusion.token_classes import ClassSource
+from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
+from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.rows import Rows
 from shallowfusion.values import Normalize, Unmapped
 
@@ -37,6 +40,9 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        class_sources: second looks at sources for tokens whose weight differs.
+        phrases: favoured token sequences; `vocab_size`: of the acoustic model, wanted with phrases.
+        no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
     """
 
     settings: BeamSettings
@@ -50,6 +56,10 @@ class SearchPlan:
     min_new_tokens: int = 0
     end_threshold: float | None = None
     length_bonus: float = 0.0
+    class_sources: tuple[ClassSource, ...] = ()
+    phrases: PhraseAutomatonProtocol | None = None
+    vocab_size: int = 0
+    no_repeat_ngram_size: int = 0
     backend: Backend = "auto"
 
     @property
@@ -81,7 +91,12 @@ class SearchOutcome:
 
 
 def search(
-    scorers: Sequence[Scorer], contexts: Sequence[Context], names: Sequence[str], plan: SearchPlan, clock: StageClock
+    scorers: Sequence[Scorer],
+    contexts: Sequence[Context],
+    names: Sequence[str],
+    plan: SearchPlan,
+    clock: StageClock,
+    late: Sequence[CandidateScorer] = (),
 ) -> list[SearchOutcome]:
     """Beam search for argmax over y of sum_t increment(y_t), `fused_step`'s increments, under the plan's length rule.
 
@@ -89,13 +104,14 @@ def search(
 
     Args:
         scorers: the acoustic scorer first; `contexts` and `names` (stages of the clock) likewise.
+        late: fresh sources that score only what survives the fused step; their parts come last.
 
     Returns:
         One outcome per utterance, with at most beam_size hypotheses.
     """
     num_utterances = len(contexts[0].prompts)
-    beams = BeamState(plan.settings, num_utterances, len(scorers))
-    rows = Rows(plan, len(scorers), num_utterances)
+    beams = BeamState(plan.settings, num_utterances, len(scorers) + len(late))
+    rows = Rows(plan, len(scorers), contexts[0].prompts, late)
     states = []
     for scorer, context, name in zip(scorers, contexts, names, strict=True):
         with clock(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,33 +13,18 @@ from torch import Tensor
 from shallowfusion.fusion.gates import StepView
 from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
-from shallowfusion.values import Candidates
+from shallowfusion.search.boosting import PhraseBooster
+from shallowfusion.search.candidates import WIDENING, CandidateArrays, CandidateScorer, with_candidate_scores
+from shallowfusion.search.guards import RepeatGuard
+from shallowfusion.values import Candidates, Unmapped
 
 if TYPE_CHECKING:
     from shallowfusion.search.loop import SearchPlan
 
-__all__ = ["CandidateArrays", "Rows"]
+__all__ = ["Rows"]
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class CandidateArrays:
-    """Candidates as the beam state takes them.
-
-    Args:
-        totals: float32 [utterances, candidates].
-        lanes: int64 [utterances, candidates], parents as rows of their own utterance.
-        tokens: int64 [utterances, candidates].
-        parts: float32 [utterances, candidates, sources].
-        flagged: bool [utterances]: NaN or +inf was seen.
-    """
-
-    totals: Array
-    lanes: Array
-    tokens: Array
-    parts: Array
-    flagged: Array
+NOTHING = Unmapped("floor", 0.0)
 
 
 class Rows:
@@ -50,15 +34,28 @@ class Rows:
         top_k: candidates per utterance; None = as many as the beam needs.
     """
 
-    def __init__(self, plan: SearchPlan, num_sources: int, num_utterances: int, top_k: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: SearchPlan,
+        num_sources: int,
+        prompts: Sequence[Sequence[int]],
+        scorers: Sequence[CandidateScorer] = (),
+        top_k: int | None = None,
+    ) -> None:
+        num_utterances = len(prompts)
         self.plan = plan
-        self.top_k = plan.settings.num_candidates if top_k is None else top_k
+        self.scorers = scorers
+        self.top_k = plan.settings.num_candidates * (WIDENING if scorers else 1) if top_k is None else top_k
         self.num_sources = num_sources
         self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
-        self.sums = np.zeros((num_utterances, 1, num_sources), dtype=np.float64)
+        self.sums = np.zeros((num_utterances, 1, num_sources + len(scorers)), dtype=np.float64)
         self._keeps_sums = plan.rule.catch_up or (plan.rule.gate is not None and plan.rule.gate.needs_sums)
         self._vocab_sizes: list[int] = []
         self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
+        self.guard = RepeatGuard(plan.no_repeat_ngram_size, prompts) if plan.no_repeat_ngram_size else None
+        self.booster = (
+            PhraseBooster(plan.phrases, plan.vocab_size, num_utterances) if plan.phrases is not None else None
+        )
         self._biases: dict[tuple[int, ...], Tensor | None] = {}
 
     def candidates(self, logits: Sequence[Tensor], step: int) -> CandidateArrays:
@@ -73,25 +70,34 @@ class Rows:
         maps = [None if given is None else given.to(device) for given in plan.maps]
         view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
         numbers = step_weights(plan.rule, view)
-        sums = torch.from_numpy(totals.reshape(-1))
+        boost = None if self.booster is None else self.booster.bonus(device)
+        sums = torch.from_numpy(totals.reshape(-1)).to(device)
+        for shift in (numbers.shift, None if boost is None else boost.refunds):
+            sums = sums if shift is None else sums + shift
+        looks = plan.class_sources
+        weights = [numbers.weights, *(look.factor * numbers.weights[:, look.source, None] for look in looks)]
         found = fused_step(
-            logits,
-            numbers.weights,
-            sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
+            [*logits, *(logits[look.source] for look in looks)],
+            torch.cat(weights, dim=1) if looks else numbers.weights,
+            sums,
             beam_size=totals.shape[1],
             top_k=self.top_k,
             end_id=plan.end_id,
-            temperatures=temperatures,
-            maps=maps,
-            unmapped=plan.unmapped,
+            temperatures=[*temperatures, *(temperatures[look.source] for look in looks)],
+            maps=[*maps, *(look.map.to(device) for look in looks)],
+            unmapped=[*plan.unmapped, *[NOTHING] * len(looks)],
             token_bias=self._bias(step, vocab, device),
             allowed=self._allowed(view),
+            bonus=None if boost is None else boost.sparse,
             length_bonus=plan.length_bonus,
             combine="log_linear" if plan.rule.mixture is None else "mixture",
             normalize=plan.normalize,
             backend=plan.backend,
         )
-        return self._arrays(found)
+        arrays = self._arrays(found)
+        if not self.scorers:
+            return arrays
+        return with_candidate_scores(arrays, self.scorers, plan.settings.num_candidates)
 
     def follow(self, candidates: CandidateArrays, tokens: Array, parents: Array, totals: Array) -> None:
         """Remember the totals of the new rows and, for rules that look back, the parts of their tokens."""
@@ -101,6 +107,8 @@ class Rows:
             utterances = np.arange(len(tokens))[:, None]
             self.sums = self.sums[utterances, parents] + candidates.parts[utterances, chosen]
         self.totals = totals
+        for follower in self._followers():
+            follower.follow(parents, tokens)
 
     def own_ids(self, tokens: Array, source: int) -> Array:
         """Acoustic ids as ids of a source, -1 where it has no such token."""
@@ -116,11 +124,17 @@ class Rows:
         """Drop utterances: place i of the new batch holds what was at place order[i]."""
         self.totals = self.totals[list(order)]
         self.sums = self.sums[list(order)]
+        for follower in self._followers():
+            follower.keep(order)
+
+    def _followers(self) -> list[CandidateScorer | RepeatGuard | PhraseBooster]:
+        return [*self.scorers, *(own for own in (self.guard, self.booster) if own is not None)]
 
     def _sums(self, device: torch.device) -> Tensor | None:
         if not self._keeps_sums:
             return None
-        return torch.from_numpy(self.sums.reshape(-1, self.num_sources).astype(np.float32)).to(device)
+        own = self.sums[:, :, : self.num_sources].reshape(-1, self.num_sources)
+        return torch.from_numpy(own.astype(np.float32)).to(device)
 
     def _arrays(self, found: Candidates) -> CandidateArrays:
         beam_size = self.totals.shape[1]
@@ -129,7 +143,7 @@ class Rows:
             totals=found.totals.cpu().numpy(),
             lanes=np.where(parents >= 0, parents % beam_size, -1),
             tokens=found.token_ids.cpu().numpy(),
-            parts=found.parts.cpu().numpy(),
+            parts=found.parts[:, :, : self.num_sources].cpu().numpy(),
             flagged=np.asarray(found.flags.cpu().numpy().reshape(-1, beam_size).any(axis=1)),
         )
 
@@ -141,21 +155,37 @@ class Rows:
         if step < plan.min_new_tokens:
             forbidden += plan.settings.end_ids
         if forbidden not in self._biases:
-            bias = torch.zeros(vocab)
+            bias = torch.zeros(vocab) if self.booster is None else self.booster.first.clone()
             bias[list(forbidden)] = float("-inf")
-            self._biases[forbidden] = bias.to(device) if forbidden else None
+            self._biases[forbidden] = bias.to(device) if forbidden or self.booster is not None else None
         return self._biases[forbidden]
 
     def _allowed(self, view: StepView) -> Tensor | None:
-        """Every token, but the end token only where the acoustic model finds it likely enough."""
+        """Every token, but no repetition the guard forbids, and the end token only where it is likely enough."""
         plan, acoustic = self.plan, view.logits[0]
-        if plan.end_threshold is None or not plan.rule.fuses:
+        needs_threshold = plan.end_threshold is not None and plan.rule.fuses
+        if not needs_threshold and self.guard is None:
             return None
-        end_log_prob = acoustic[:, plan.end_id].float() / view.temperatures[0] - view.acoustic.log_sum_exp
-        refused = end_log_prob < plan.end_threshold * view.acoustic.max_log_prob
         words = torch.full((acoustic.shape[0], (acoustic.shape[1] + 31) // 32), -1, dtype=torch.int32)
+        if self.guard is not None:
+            _forbid(words.numpy(), *self.guard.forbidden())
         words = words.to(acoustic.device)
-        word, bit = divmod(plan.end_id, 32)
-        only_end = 1 << bit if bit < 31 else -(1 << 31)
-        words[:, word] = torch.where(refused, ~only_end, -1).to(torch.int32)
+        if needs_threshold:
+            refused = self._end_is_unlikely(view)
+            word, bit = divmod(plan.end_id, 32)
+            words[:, word] &= torch.where(refused, ~_bit(bit), -1).to(torch.int32)
         return words
+
+    def _end_is_unlikely(self, view: StepView) -> Tensor:
+        assert self.plan.end_threshold is not None
+        end_logit = view.logits[0][:, self.plan.end_id].float() / view.temperatures[0]
+        return end_logit - view.acoustic.log_sum_exp < self.plan.end_threshold * view.acoustic.max_log_prob
+
+
+def _forbid(words: Array, rows: Array, tokens: Array) -> None:
+    np.bitwise_and.at(words, (rows, tokens // 32), ~(np.uint32(1) << (tokens % 32).astype(np.uint32)).view(np.int32))
+
+
+def _bit(place: int) -> int:
+    """1 << place as a signed 32-bit integer."""
+    return 1 << place if place < 31 else -(1 << 31)

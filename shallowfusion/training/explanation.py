@@ -150,7 +150,11 @@ def _scored(
     """Each path's tokens under the plan's rule, one row per path."""
     vocab = len(decoder.acoustic.scorer.vocabulary)
     plan = replace(sources.plan, backend="reference")
-    rows = [Rows(plan, len(sources.scorers), 1, top_k=vocab) for _ in paths]
+    rows = [
+        Rows(plan, len(sources.scorers), prompts[:1], top_k=vocab)
+        for prompts in [sources.contexts[0].prompts]
+        for _ in paths
+    ]
     found: list[list[ScoredToken]] = [[] for _ in paths]
     for view, _ in forced_steps(sources, [path[:-1] for path in paths]):
         for i, path in enumerate(paths):

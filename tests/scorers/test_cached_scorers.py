@@ -134,6 +134,18 @@ def test_cross_attention_keys_are_stored_once_per_utterance() -> None:
         assert layer.keys.shape[0] == 2
 
 
+def test_two_forks_in_a_row_are_one() -> None:
+    lm = tiny_lm(4)
+    twice, once = (lm.start(Context([[END]], 3, 8)) for _ in range(2))
+    twice, once = (lm.fork(state, np.array([[0, 0, 0]])) for state in (twice, once))
+    tokens = np.array([[1, 2, 3]])
+    (_, twice), (_, once) = lm.score(twice, tokens), lm.score(once, tokens)
+    twice = lm.fork(lm.fork(twice, np.array([[2, 0, 1]])), np.array([[1, 1, 0]]))
+    once = lm.fork(once, np.array([[0, 0, 2]]))
+    idle = np.array([[4, -1, -1]])  # idle rows repeat the logits of the rows they descend from
+    torch.testing.assert_close(lm.score(twice, idle)[0], lm.score(once, idle)[0], atol=1e-5, rtol=0)
+
+
 def test_slots_of_dead_branches_are_used_again() -> None:
     scorer = tiny_lm()
     state = scorer.start(Context([scorer.prompt()], 4, 40))

@@ -114,3 +114,19 @@ def test_searches_of_these_tests_end_at_different_steps_and_some_are_forced() ->
         found += [h for r in model.decode(states, beam_size=4, n_best=4, lm_weight=0.0, **PLAIN) for h in r.n_best]
     assert len({len(h.token_ids) for h in found if h.ended}) >= 4
     assert any(not h.ended for h in found)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_group_of_tokens_is_said_twice_as_in_generate(size: int, num_beams: int) -> None:
+    model = decoder(1)
+    states = random_encoder_output(model.acoustic, UTTERANCES)
+    expected = generate(model, states, num_beams, no_repeat_ngram_size=size)
+    ours = model.decode(
+        states, lm_weight=0.0, beam_size=num_beams, n_best=num_beams, max_new_tokens=NEW_TOKENS, suppress_blank=False,
+        no_repeat_ngram_size=size, min_new_tokens=0,
+    )  # fmt: skip
+    assert_same(ours, expected)
+    for hypothesis in (h for result in ours for h in result.n_best):
+        groups = [hypothesis.token_ids[i : i + size] for i in range(len(hypothesis.token_ids) - size + 1)]
+        assert len(groups) == len(set(groups))
