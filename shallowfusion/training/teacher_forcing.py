@@ -18,7 +18,16 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.search.sources import Sources
 from shallowfusion.values import RowStatistics, Unmapped
 
-__all__ = ["ForcedText", "Trace", "force", "forced_steps", "mapped_log_probs", "text_ids"]
+__all__ = [
+    "ForcedText",
+    "Trace",
+    "force",
+    "forced_steps",
+    "joined_traces",
+    "mapped_log_probs",
+    "text_ids",
+    "trace_rows",
+]
 
 TOP_K = 64
 
@@ -142,10 +151,10 @@ def force(
     rows: list[list[Trace]] = [[] for _ in texts]
     for view, reached in forced_steps(sources, [text.prefix for text in texts]):
         targets = torch.tensor([text.targets[min(view.step, len(text.prefix))] for text in texts])
-        found = _kept(view, targets.to(view.logits[0].device), sources.plan.unmapped, num_models, top_k)
+        found = trace_rows(view, targets.to(view.logits[0].device), sources.plan.unmapped, num_models, top_k)
         for i in reached:
             rows[i].append(_row(found, i))
-    return [_joined(own) for own in rows]
+    return [joined_traces(own) for own in rows]
 
 
 def mapped_log_probs(view: StepView, source: int, unmapped: Sequence[Unmapped]) -> Tensor:
@@ -171,8 +180,13 @@ def mapped_log_probs(view: StepView, source: int, unmapped: Sequence[Unmapped]) 
     return torch.where(mapping[None] >= 0, own, charged)
 
 
-def _kept(view: StepView, targets: Tensor, unmapped: Sequence[Unmapped], num_models: int, top_k: int) -> Trace:
-    """All rows of one step; the first axis is the row."""
+def trace_rows(view: StepView, targets: Tensor, unmapped: Sequence[Unmapped], num_models: int, top_k: int) -> Trace:
+    """What the sources of a step say in each of its rows; the first axis is the row.
+
+    Args:
+        targets: int64 [rows], acoustic ids.
+        num_models: language models among the sources; a further one, an internal LM, is left out of the features.
+    """
     log_probs = torch.stack([mapped_log_probs(view, s, unmapped) for s in range(len(view.logits))], dim=2)
     rows, vocab, count = log_probs.shape
     best = log_probs.topk(min(top_k, vocab), dim=1).indices.flatten(1)
@@ -207,7 +221,9 @@ def _row(found: Trace, row: int) -> Trace:
     )  # fmt: skip
 
 
-def _joined(rows: Sequence[Trace]) -> Trace:
+def joined_traces(rows: Sequence[Trace]) -> Trace:
+    """Traces of several steps or texts one after the other."""
+
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(row, name) for row in rows])
 

@@ -95,6 +95,27 @@ def test_a_rule_in_words_is_the_rule(capsys) -> None:
     assert out.strip() == decoder().transcribe([clip(2)], beam_size=2, rule=fusion.margin_gate(0.9, width=2))[0].text
 
 
+def test_a_trained_gate_is_a_rule_for_its_own_models(capsys, tmp_path: Path) -> None:
+    train, dev = manifest(tmp_path / "train.jsonl", 1, 5), manifest(tmp_path / "dev.jsonl", 9)
+    out = tmp_path / "gate"
+    code, told, _ = run(
+        capsys, "train-gate", train, "--dev", dev, *MODELS, "--out", out, "--epochs", "10", "--list-epochs", "1",
+        "--beam-size", "3", "--normaliser", "basic", "--json",
+    )  # fmt: skip
+    assert code == 0
+    figures = json.loads(told)
+    assert len(figures["dev_errors_by_epoch"]) == 3
+    assert figures["dev_errors"]["gate"] == min(errors for _, errors in figures["dev_errors_by_epoch"])
+    assert figures["train_loss_by_epoch"][-1] < figures["train_loss_by_epoch"][0]
+    code, text, _ = run(capsys, "transcribe", clip(2), *MODELS, "--rule", f"learned('{out}')")
+    assert code == 0
+    assert text.strip()
+    other = ["--asr", ASR, "--lm", str(model_directory("lm_general"))]
+    code, text, err = run(capsys, "transcribe", clip(2), *other, "--rule", f"learned('{out}')")
+    assert (code, text) == (2, "")
+    assert "was trained for models" in err
+
+
 def test_files_made_for_other_models_are_refused(files: Path, capsys, tmp_path: Path) -> None:
     other = ["--asr", ASR, "--lm", str(model_directory("lm_general"))]
     code, out, err = run(capsys, "transcribe", clip(2), *other, "--calibration", files / "cal.json")
@@ -125,6 +146,9 @@ BAD = {
     "grid must hold at least two": ["tune", "dev.jsonl", *MODELS, "--out", "o", "--grid", "0.1"],
     "unknown family": ["tune", "dev.jsonl", *MODELS, "--out", "o", "--families", "magic"],
     "cannot be made": ["tune", "dev.jsonl", *MODELS, "--out", "dev.jsonl"],
+    "train-gate weighs language models": ["train-gate", "dev.jsonl", "--dev", "dev.jsonl", "--asr", ASR, "--out", "g"],
+    "the development set shares": ["train-gate", "dev.jsonl", "--dev", "dev.jsonl", *MODELS, "--out", "g"],
+    "cannot be loaded as a learned gate": ["transcribe", clip(2), *MODELS, "--rule", "learned('nowhere')"],
     "nowhere.jsonl cannot be read": ["calibrate", "nowhere.jsonl", *MODELS, "--out", "c.json"],
     "calibrate measures the models as they are": [
         "calibrate", "dev.jsonl", *MODELS, "--out", "c.json", "--calibration", "n.json",
