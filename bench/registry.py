@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import decode, fused_step, rescoring
+from bench import ctc, decode, fused_step, rescoring
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -31,5 +31,6 @@ class Case:
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
     Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
+    Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
 )

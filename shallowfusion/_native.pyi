@@ -141,3 +141,49 @@ def fused_step(
 ) -> dict[str, Any]: ...
 def row_statistics(*, source: Source, rows: int, level: str | None, threads: int | None) -> dict[str, Any]: ...
 def fused_step_levels() -> list[str]: ...
+
+# CTC search ---------------------------------------------------------------------------------------------------------
+
+class CtcLexicon:
+    # (spelling, id in the table, whether it is known)
+    def __init__(self, *, words: Sequence[tuple[str, int, bool]]) -> None: ...
+
+class CtcLanguage:
+    weight: float
+    word_bonus: float
+    label_bonus: float
+    unknown_word: float
+    unknown_prefix: float
+    score_end: bool
+    score_empty_word: bool
+    hotword_weight: float
+    def __init__(self) -> None: ...
+    def set_table(self, *, table: NgramTable, lexicon: CtcLexicon | None) -> None: ...
+    def set_hotwords(self, *, words: CtcLexicon) -> None: ...
+
+class CtcRules:
+    use_max: bool
+    token_min_log_prob: float
+    top_labels: int
+    beam_margin: float
+    blank_skip_log_prob: float
+    rank_paths: bool
+    history_words: int
+    merge_texts: bool
+    def __init__(self, *, blank: int, delimiter: int, beam_size: int) -> None: ...
+
+class CtcSearch:
+    # labels: (text, begins a word, ends a word, its word in a label-level table)
+    def __init__(
+        self, *, labels: Sequence[tuple[str, bool, bool, int]], rules: CtcRules, language: CtcLanguage
+    ) -> None: ...
+    def begin(self, *, start_states: Sequence[int]) -> CtcState: ...
+
+class CtcState:
+    @property
+    def num_frames(self) -> list[int]: ...
+    @property
+    def num_prefixes(self) -> list[int]: ...
+    def step(self, *, log_probs: npt.NDArray[Any], counts: npt.NDArray[np.int64], threads: int) -> None: ...
+    # per utterance: error, and (text, labels, label frames, word frames, total, asr, lm, state) of each hypothesis
+    def results(self, *, n_best: int, ended: bool, threads: int) -> list[tuple[str, list[tuple[Any, ...]]]]: ...

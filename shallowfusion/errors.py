@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AcousticScoresError",
     "AudioError",
     "CapacityError",
     "InvalidArgumentError",
@@ -18,6 +19,10 @@ class ShallowFusionError(Exception):
 
 class InvalidArgumentError(ShallowFusionError, ValueError):
     """An argument has a value, shape or dtype outside its contract."""
+
+
+class AcousticScoresError(ShallowFusionError, ValueError):
+    """The scores of an utterance are no log-probabilities of frames that could be decoded."""
 
 
 class AudioError(ShallowFusionError, ValueError):

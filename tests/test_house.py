@@ -26,7 +26,8 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"decoder"},
+    {"decoder", "ctc"},
+    {"compat"},
     {"evaluation"},
     {"demo"},
     {"cli"},
@@ -37,6 +38,7 @@ NATIVE_FACES = {
     "search/beam_state.py",
     "scorers/page_pool.py",
     "ngrams/table.py",
+    "ctc/search.py",
     "phrases/automaton.py",
 }
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")

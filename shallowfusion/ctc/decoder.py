@@ -1,0 +1,136 @@
+"""The front of CTC decoding: log-probabilities in, transcripts with every model's scores out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shallowfusion.config import require
+from shallowfusion.ctc.results import CtcHypothesis, CtcResult
+from shallowfusion.ctc.search import CtcSearch
+from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
+from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.ngrams.table import NgramTable
+from shallowfusion.results import Transcription
+from shallowfusion.values import Hypothesis, Token
+
+__all__ = ["CTCDecoder"]
+
+logger = logging.getLogger(__name__)
+
+
+class CTCDecoder:
+    """Decodes the log-probabilities of a CTC model, alone or with an n-gram model in the search.
+
+    Args:
+        labels: text of each label.
+        blank: the blank, as index or as label.
+        delimiter: the label between words, as index or as label; None = none.
+        lm: path of an ARPA file of words, a table of words, or a `CtcLanguage`; None = none.
+        word_start: how labels that begin a word are marked, for instance "▁"; None = they are not.
+        frame_seconds: length of a frame, for durations; 0 = unknown.
+        threads: utterances decoded at a time, None = all cores.
+
+    Raises:
+        InvalidArgumentError: an index or label outside the labels.
+        ModelError: the language model cannot be read.
+        VocabularyError: the language model and the labels do not go together.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        blank: int | str = 0,
+        delimiter: int | str | None = None,
+        lm: str | Path | NgramTable | CtcLanguage | None = None,
+        word_start: str | None = None,
+        frame_seconds: float = 0.0,
+        threads: int | None = None,
+    ) -> None:
+        names = tuple(labels)
+        mark = None if delimiter is None else _index("delimiter", delimiter, names)
+        self.alphabet = CtcAlphabet(names, _index("blank", blank, names), mark, word_start)
+        self.language = _language(lm)
+        self.frame_seconds = frame_seconds
+        self._search = CtcSearch(self.alphabet, CtcOptions(), self.language, threads)
+
+    def search(self, options: CtcOptions | None = None, **names: Any) -> CtcSearch:
+        """The search with these options, for decoding chunk by chunk and for times of labels and words."""
+        chosen = _options(options, names)
+        search = self._search
+        if chosen != search.options:
+            self._search = search = search.with_settings(chosen)
+        return search
+
+    def decode(
+        self, log_probs: Any, lengths: Any = None, options: CtcOptions | None = None, n_best: int = 1, **names: Any
+    ) -> list[Transcription]:
+        """Decode a batch.
+
+        Args:
+            log_probs: float32 or float16 [utterances, frames, labels], array or tensor of any strides, nats.
+            lengths: frames of each utterance, None = all.
+            options: or option names as keywords.
+            n_best: hypotheses per utterance.
+
+        Returns:
+            One result per utterance, in order; one that failed has `error` set, which its `text` raises. The scores of
+            a hypothesis are sums over alignments and belong to no label: each token bears an equal share.
+
+        Raises:
+            InvalidArgumentError: bad options, or scores of another shape.
+        """
+        search = self.search(options, **names)
+        state = search.begin(len(log_probs) if hasattr(log_probs, "__len__") else 0)
+        search.step(state, log_probs, lengths)
+        results = search.end(state, n_best)
+        made = [self._transcription(*pair) for pair in zip(range(len(results)), results, state.num_frames, strict=True)]
+        for transcription in made:
+            if transcription.error is not None:
+                logger.error("%s was not decoded: %s", transcription.source, transcription.error)
+        return made
+
+    def _transcription(self, number: int, result: CtcResult, frames: int) -> Transcription:
+        return Transcription(
+            source=f"utterance {number}",
+            n_best=tuple(self._hypothesis(hypothesis) for hypothesis in result.hypotheses),
+            duration=frames * self.frame_seconds,
+            error=result.error,
+        )
+
+    def _hypothesis(self, found: CtcHypothesis) -> Hypothesis:
+        ids = tuple(found.label_ids.tolist())
+        shown = ids or (self.alphabet.blank,)  # an empty text keeps its scores in an end token
+        parts = {name: value / len(shown) for name, value in found.parts.items()}
+        texts = [" " if label == self.alphabet.delimiter else self.alphabet.pieces[label].text for label in shown]
+        tokens = tuple(
+            Token(label, text, found.total / len(shown), parts) for label, text in zip(shown, texts, strict=True)
+        )
+        return Hypothesis(found.text, ids, tokens, found.total, found.total, dict(found.parts))
+
+
+def _index(name: str, given: int | str, labels: tuple[str, ...]) -> int:
+    if not isinstance(given, str):
+        return given
+    require(
+        labels.count(given) == 1,
+        f"{name} must be one of the labels, got {given!r}, which is there {labels.count(given)} times; give its index.",
+    )
+    return labels.index(given)
+
+
+def _language(lm: str | Path | NgramTable | CtcLanguage | None) -> CtcLanguage | None:
+    if lm is None or isinstance(lm, CtcLanguage):
+        return lm
+    return CtcLanguage(lm if isinstance(lm, NgramTable) else NgramTable.from_arpa(lm))
+
+
+def _options(options: CtcOptions | None, names: dict[str, Any]) -> CtcOptions:
+    known = {entry.name for entry in dataclasses.fields(CtcOptions)}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise InvalidArgumentError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    return dataclasses.replace(options or CtcOptions(), **names)

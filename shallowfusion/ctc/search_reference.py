@@ -1,0 +1,388 @@
+"""`CtcSearch` in plain Python, float64 logarithms, for reading: the definition of correct for the native class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from shallowfusion.checks import LARGEST_INTEGER, integer
+from shallowfusion.ctc.results import CtcHypothesis, CtcResult, frames_of, results_of, start_states_of
+from shallowfusion.ctc.search import (
+    MAX_UTTERANCES,
+    check_settings,
+    known_words,
+    label_words,
+    merges_texts,
+)
+from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
+
+__all__ = ["ReferenceCtcSearch"]
+
+USUAL_WORD = 6  # characters; longer unknown words cost more
+LARGEST_LOG_PROB = 1e-3  # rounding of a log-softmax
+LARGEST_SUM = 1.05  # of the probabilities of the first frame
+IMPOSSIBLE = -math.inf
+
+Times = tuple[tuple[int, int], ...]
+
+
+def log_add(one: float, other: float) -> float:
+    largest = max(one, other)
+    return largest if largest == IMPOSSIBLE else largest + math.log1p(math.exp(min(one, other) - largest))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A text in the making: its labels, its closed words, the word being spelled, and what is said of them."""
+
+    labels: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
+    word: str = ""
+    fused: float = 0.0
+    lm: float = 0.0
+    lm_state: int = 0
+    closes: bool = False  # its last label was the end of a word by itself
+
+    @property
+    def last(self) -> int:
+        return self.labels[-1] if self.labels else -1
+
+    @property
+    def text(self) -> str:
+        return " ".join((*self.words, self.word) if self.word else self.words)
+
+
+@dataclass(frozen=True)
+class Path:
+    """All alignments of a prefix with one ending: log of their mass, and the best one with its label times."""
+
+    mass: float = IMPOSSIBLE
+    best: float = IMPOSSIBLE
+    times: Times = ()
+
+
+@dataclass
+class Entry:
+    """A prefix in the beam; `order` settles ties."""
+
+    prefix: Prefix
+    order: tuple[int, int]
+    blank: Path = field(default_factory=Path)
+    label: Path = field(default_factory=Path)
+
+
+@dataclass
+class Utterance:
+    beam: list[Entry]
+    frames: int = 0
+    error: str = ""
+
+
+@dataclass
+class State:
+    utterances: list[Utterance]
+
+    @property
+    def num_frames(self) -> list[int]:
+        return [utterance.frames for utterance in self.utterances]
+
+
+class Language:
+    """What words and labels are worth."""
+
+    def __init__(self, alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None) -> None:
+        self.alphabet, self.options, self.language = alphabet, options, language
+        self.label_words = label_words(alphabet, language)
+        self.by_words = language is not None and language.unit == "words"
+        self.words: dict[str, tuple[int, bool]] = {}
+        if language is not None and self.by_words:
+            self.words = {word: (number, known) for word, number, known in known_words(language)}
+        self.beginnings = {word[:n] for word, (_, known) in self.words.items() if known for n in range(len(word) + 1)}
+
+    def extended(self, prefix: Prefix, label: int) -> Prefix:
+        piece = self.alphabet.pieces[label]
+        if piece.begins_word or prefix.closes:
+            prefix = self.closed(prefix)
+        prefix = replace(
+            prefix,
+            labels=(*prefix.labels, label),
+            word=prefix.word + piece.text,
+            closes=piece.ends_word,
+            fused=prefix.fused + self.options.length_bonus,
+        )
+        if self.language is not None and self.language.unit == "labels":
+            return self.scored(prefix, self.label_words[label])
+        return prefix
+
+    def closed(self, prefix: Prefix, even_empty: bool = False) -> Prefix:
+        if not prefix.word and not even_empty:
+            return prefix
+        if self.language is not None and self.by_words:
+            number, known = self.words.get(prefix.word, (self.language.table.model.unknown_word, False))
+            prefix = self.scored(prefix, number)
+            if not known:
+                unknown = self.options.lm_weight * self.language.unknown_word
+                prefix = replace(prefix, fused=prefix.fused + unknown)
+        bonus = self.options.word_bonus
+        if prefix.word in self.options.hotword_list:
+            bonus += self.options.hotword_weight
+        words = (*prefix.words, prefix.word) if prefix.word else prefix.words
+        return replace(prefix, words=words, word="", fused=prefix.fused + bonus)
+
+    def scored(self, prefix: Prefix, word: int) -> Prefix:
+        assert self.language is not None
+        log_probs, states = self.language.table.score([prefix.lm_state], [word])
+        log_prob = float(log_probs[0])
+        fused = prefix.fused + self.options.lm_weight * log_prob
+        return replace(prefix, lm=prefix.lm + log_prob, fused=fused, lm_state=int(states[0]))
+
+    def spelling(self, prefix: Prefix) -> float:
+        """What only ranks: the word being spelled."""
+        word = prefix.word
+        if not word:
+            return 0.0
+        lengths = [len(hotword) for hotword in self.options.hotword_list if hotword.startswith(word)]
+        if lengths:
+            return self.options.hotword_weight * len(word) / min(lengths)
+        if self.language is None or not self.by_words or word in self.beginnings:
+            return 0.0
+        return self.language.unknown_prefix * max(len(word), USUAL_WORD) / USUAL_WORD
+
+    def ended(self, prefix: Prefix) -> tuple[Prefix, int]:
+        """The prefix after the end, and the state before it."""
+        language = self.language
+        if self.alphabet.has_words:
+            prefix = self.closed(
+                prefix, even_empty=self.by_words and language is not None and language.score_empty_word
+            )
+        state = prefix.lm_state
+        if language is not None and language.score_boundary:
+            prefix = self.scored(prefix, language.table.model.end_word)
+        return prefix, state
+
+
+class ReferenceCtcSearch:
+    """See `CtcSearchProtocol`; every extension of every prefix is made, one at a time."""
+
+    def __init__(
+        self,
+        alphabet: CtcAlphabet,
+        options: CtcOptions | None = None,
+        language: CtcLanguage | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.alphabet = alphabet
+        self.options = options or CtcOptions()
+        self.language = language
+        check_settings(alphabet, self.options, language)
+        self._language = Language(alphabet, self.options, language)
+        self._add: Callable[[float, float], float] = max if self.options.merge == "max" else log_add
+        self._merges_texts = merges_texts(alphabet, self.options, language)
+
+    def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> Any:
+        count = integer("num_utterances", num_utterances, 0, MAX_UTTERANCES)
+        default = 0 if self.language is None else self.language.start_state
+        return State([self._fresh(state) for state in start_states_of(start_states, count, default)])
+
+    def _fresh(self, lm_state: int) -> Utterance:
+        return Utterance([Entry(Prefix(lm_state=lm_state), (0, 0), blank=Path(0.0, 0.0))])
+
+    def step(self, state: Any, log_probs: object, lengths: object = None) -> None:
+        frames = frames_of(log_probs, lengths, len(state.utterances), len(self.alphabet.labels))
+        for utterance, own, count in zip(state.utterances, frames.log_probs, frames.counts.tolist(), strict=True):
+            for frame in own[:count].astype(np.float64):
+                utterance.error = utterance.error or self._error(frame, utterance.frames)
+                if not utterance.error:
+                    self._advance(utterance, frame)
+
+    def _error(self, frame: np.ndarray, number: int) -> str:
+        for label, value in enumerate(frame.tolist()):
+            if math.isnan(value):
+                return f"frame {number}, label {label} is NaN; the acoustic model overflowed or was given bad audio."
+            if value > LARGEST_LOG_PROB:
+                cure = "but log-probabilities are at most 0; pass log_softmax(logits)."
+                return f"frame {number}, label {label} is {value:g}, {cure}"
+        if frame.max() == IMPOSSIBLE:
+            return f"frame {number} makes every label impossible (-inf); check the acoustic model."
+        total = float(np.exp(frame).sum())
+        if number == 0 and total > LARGEST_SUM:
+            return f"the probabilities of frame 0 sum to {total:g}, wanted at most 1; pass log_softmax(logits)."
+        return ""
+
+    def _kept_labels(self, frame: np.ndarray) -> list[int]:
+        options = self.options
+        ranked = sorted(range(len(frame)), key=lambda label: (-frame[label], label))
+        if options.blank_skip is not None and frame[self.alphabet.blank] >= math.log(options.blank_skip):
+            return [self.alphabet.blank]
+        lowest = IMPOSSIBLE if options.token_min_log_prob is None else options.token_min_log_prob
+        return [label for label in ranked[: options.top_labels] if frame[label] >= lowest or label == ranked[0]]
+
+    def _advance(self, utterance: Utterance, frame: np.ndarray) -> None:
+        time, blank = utterance.frames, self.alphabet.blank
+        delimiter = self.alphabet.delimiter
+        found: dict[tuple[int, ...], Entry] = {}
+        for place, entry in enumerate(utterance.beam):
+            found[entry.prefix.labels] = Entry(entry.prefix, (place, -1))
+        for place, entry in enumerate(utterance.beam):
+            both = self._joined(entry.blank, entry.label)
+            for label in self._kept_labels(frame):
+                log_prob = float(frame[label])
+                stays = found[entry.prefix.labels]
+                if label == blank:
+                    stays.blank = self._joined(stays.blank, moved(both, log_prob))
+                    continue
+                if label == delimiter and (entry.prefix.last == delimiter or not entry.prefix.labels):
+                    repeated = moved(both, log_prob, until=time + 1)
+                    stays.label = self._joined(stays.label, repeated)
+                    continue
+                if label == entry.prefix.last:
+                    repeated = moved(entry.label, log_prob, until=time + 1)
+                    stays.label = self._joined(stays.label, repeated)
+                self._extend(found, entry, label, log_prob, (place, label), time)
+        utterance.beam = self._best(list(found.values()))
+        utterance.frames += 1
+
+    def _extend(
+        self, found: dict[tuple[int, ...], Entry], entry: Entry, label: int, log_prob: float, order: tuple[int, int],
+        time: int,
+    ) -> None:  # fmt: skip
+        source = entry.blank if label == entry.prefix.last else self._joined(entry.blank, entry.label)
+        if source.mass == IMPOSSIBLE:
+            return
+        labels = (*entry.prefix.labels, label)
+        if labels not in found:
+            found[labels] = Entry(self._language.extended(entry.prefix, label), order)
+        child = found[labels]
+        times = source.times if entry.prefix.labels else ()
+        change = log_prob + child.prefix.fused - entry.prefix.fused
+        new = Path(source.mass + change, source.best + change, (*times, (time, time + 1)))
+        child.label = self._joined(child.label, new)
+
+    def _joined(self, one: Path, other: Path) -> Path:
+        better = other if other.best > one.best else one
+        return Path(self._add(one.mass, other.mass), better.best, better.times)
+
+    def _rank(self, entry: Entry, path: Path | None) -> float:
+        mass = self._add(entry.blank.mass, entry.label.mass) if path is None else path.mass
+        return mass + self._language.spelling(entry.prefix)
+
+    def _best(self, entries: list[Entry]) -> list[Entry]:
+        """The beam after a frame: places taken by prefixes or by single paths, best first."""
+        if self._merges_texts:
+            self._merge_texts(entries)
+        by_paths = self.options.places == "paths"
+        places: list[tuple[float, tuple[int, int], int, Entry]] = []
+        for entry in entries:
+            for which, path in enumerate((entry.blank, entry.label) if by_paths else (None,)):
+                places.append((self._rank(entry, path), entry.order, which, entry))
+        margin = math.inf if self.options.beam_margin is None else self.options.beam_margin
+        best = max(place[0] for place in places)
+        places = [place for place in places if place[0] > IMPOSSIBLE and place[0] >= best - margin]
+        places = sorted(places, key=lambda place: (-place[0], place[1], place[2]))[: self.options.beam_size]
+        if self.options.history_words > 0:
+            places = list(self._distinct(places, by_paths))
+        beam: dict[tuple[int, ...], Entry] = {}
+        for _, _, which, entry in places:
+            kept = beam.setdefault(entry.prefix.labels, Entry(entry.prefix, entry.order))
+            if not by_paths or which == 0:
+                kept.blank = entry.blank
+            if not by_paths or which == 1:
+                kept.label = entry.label
+        return list(beam.values())
+
+    def _distinct(self, places: list[Any], by_paths: bool) -> Iterable[Any]:
+        """Places whose last words, word being spelled and ending are new."""
+        seen = set()
+        for place in places:
+            prefix = place[3].prefix
+            ending = self.alphabet.blank if by_paths and place[2] == 0 else prefix.last
+            key = (prefix.words[-self.options.history_words :], prefix.word, ending)
+            if key not in seen:
+                seen.add(key)
+                yield place
+
+    def _merge_texts(self, entries: list[Entry]) -> None:
+        for name in ("blank", "label"):
+            groups: dict[Any, list[Entry]] = {}
+            for entry in entries:
+                if getattr(entry, name).mass > IMPOSSIBLE:
+                    ending = entry.prefix.last if name == "label" else None
+                    groups.setdefault((entry.prefix.text, entry.prefix.word != "", ending), []).append(entry)
+            for group in groups.values():
+                first = max(group, key=lambda entry: getattr(entry, name).mass)
+                mass = IMPOSSIBLE
+                for entry in group:
+                    mass = self._add(mass, getattr(entry, name).mass)
+                    if entry is not first:
+                        setattr(entry, name, Path())
+                setattr(first, name, replace(getattr(first, name), mass=mass))
+
+    def results(self, state: Any, n_best: int = 1) -> list[CtcResult]:
+        return self._results(state, n_best, ended=False)
+
+    def end(self, state: Any, n_best: int = 1) -> list[CtcResult]:
+        return self._results(state, n_best, ended=True)
+
+    def _results(self, state: Any, n_best: int, ended: bool) -> list[CtcResult]:
+        count = integer("n_best", n_best, 1, LARGEST_INTEGER)
+        answers = [
+            (utterance.error, [] if utterance.error else self._hypotheses(utterance, ended)[:count])
+            for utterance in state.utterances
+        ]
+        return results_of(answers, state.num_frames)
+
+    def _hypotheses(self, utterance: Utterance, ended: bool) -> list[CtcHypothesis]:
+        groups: dict[Any, list[Entry]] = {}
+        by_text = self.alphabet.delimiter is not None or self._merges_texts
+        for entry in utterance.beam:
+            groups.setdefault(entry.prefix.text if by_text else entry.prefix.labels, []).append(entry)
+        made = []
+        for group in groups.values():
+            asr = IMPOSSIBLE
+            for entry in group:
+                asr = self._add(asr, self._add(entry.blank.mass, entry.label.mass) - entry.prefix.fused)
+            made.append(self._hypothesis(group[0], asr, ended))
+        best = max(hypothesis.total for hypothesis in made)
+        margin = math.inf if self.options.beam_margin is None else self.options.beam_margin
+        kept = [hypothesis for hypothesis in made if hypothesis.total >= best - margin]
+        return sorted(kept, key=lambda hypothesis: -hypothesis.total)
+
+    def _hypothesis(self, entry: Entry, asr: float, ended: bool) -> CtcHypothesis:
+        prefix, lm_state = entry.prefix, entry.prefix.lm_state
+        if ended:
+            prefix, lm_state = self._language.ended(entry.prefix)
+        times = self._joined(entry.blank, entry.label).times if entry.prefix.labels else ()
+        parts = {"asr": asr} if self.language is None else {"asr": asr, "lm": prefix.lm}
+        return CtcHypothesis(
+            text=entry.prefix.text,
+            label_ids=np.array(entry.prefix.labels, dtype=np.int32),
+            label_frames=np.array(times, dtype=np.int32).reshape(-1, 2),
+            word_frames=np.array(self._word_times(entry.prefix, times), dtype=np.int32).reshape(-1, 2),
+            total=asr + prefix.fused,
+            parts=parts,
+            lm_state=lm_state,
+        )
+
+    def _word_times(self, prefix: Prefix, times: Times) -> list[tuple[int, int]]:
+        words: list[tuple[int, int]] = []
+        fresh = True
+        for label, (start, end) in zip(prefix.labels, times, strict=True):
+            piece = self.alphabet.pieces[label]
+            fresh = fresh or piece.begins_word
+            if piece.text:
+                words[len(words) - (not fresh) :] = [(start if fresh else words[-1][0], end)]
+                fresh = False
+            fresh = fresh or piece.ends_word
+        return words
+
+
+def moved(path: Path, log_prob: float, until: int | None = None) -> Path:
+    """The path one frame on; `until` stretches its last label."""
+    times = path.times
+    if until is not None and times:
+        times = (*times[:-1], (times[-1][0], until))
+    return Path(path.mass + log_prob, path.best + log_prob, times)

@@ -1,0 +1,236 @@
+"""What a CTC search works on and what the caller may choose: small frozen records, checked when made."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from shallowfusion.checks import integer
+from shallowfusion.config import require
+from shallowfusion.errors import VocabularyError
+from shallowfusion.ngrams.table import NgramTableProtocol
+
+__all__ = ["CtcAlphabet", "CtcLanguage", "CtcOptions", "Piece"]
+
+Merge = Literal["logsumexp", "max"]
+Places = Literal["prefixes", "paths"]
+MAX_BEAM = 1_000_000
+WORD_START = "▁"  # sentencepiece's mark of a word's first piece
+
+
+class Piece(NamedTuple):
+    """What a label adds: its text, whether it closes the word before it, whether it closes its own word."""
+
+    text: str
+    begins_word: bool
+    ends_word: bool
+
+
+@dataclass(frozen=True)
+class CtcAlphabet:
+    """The labels of a CTC model.
+
+    Words are told apart by a `delimiter` label or by labels that start with `word_start`; with neither, a text is its
+    labels side by side. With words, runs of delimiters count as one and those at both ends do not show in the text.
+
+    Args:
+        labels: text of each label; that of the blank is not looked at.
+        blank: index of the blank.
+        delimiter: index of the label between words, None = none.
+        word_start: how labels that begin a word are marked, for instance "▁"; None = they are not. A label that ends
+            with the mark too is a word of its own.
+
+    Raises:
+        InvalidArgumentError: no labels, or an index outside them.
+        VocabularyError: a label is no text that UTF-8 can hold.
+    """
+
+    labels: tuple[str, ...]
+    blank: int = 0
+    delimiter: int | None = None
+    word_start: str | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.labels) > 0, "labels must hold the text of at least one label, got none.")
+        for number, label in enumerate(self.labels):
+            try:
+                label.encode()
+            except (AttributeError, UnicodeEncodeError):
+                raise VocabularyError(f"labels[{number}] must be text that UTF-8 can hold, got {label!r}.") from None
+        integer("blank", self.blank, 0, len(self.labels) - 1)
+        if self.delimiter is not None:
+            integer("delimiter", self.delimiter, 0, len(self.labels) - 1)
+            require(self.delimiter != self.blank, f"delimiter and blank must differ, both are {self.blank}.")
+        require(self.word_start is None or self.word_start != "", "word_start must be None or a mark, got ''.")
+
+    @property
+    def has_words(self) -> bool:
+        return self.delimiter is not None or self.word_start is not None
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What each label adds; nothing for the blank."""
+        return tuple(self._piece(number, label) for number, label in enumerate(self.labels))
+
+    def _piece(self, number: int, label: str) -> Piece:
+        if number == self.blank:
+            return Piece("", False, False)
+        if number == self.delimiter:
+            return Piece("", True, False)
+        mark = self.word_start
+        if mark is None or not label.startswith(mark):
+            return Piece(label, False, False)
+        rest = label[len(mark) :]
+        ends = rest.endswith(mark)
+        return Piece(rest[: -len(mark)] if ends else rest, True, ends)
+
+    @cached_property
+    def is_ambiguous(self) -> bool:
+        """Whether different labels may spell the same text."""
+        texts = [piece.text for number, piece in enumerate(self.pieces) if number not in (self.blank, self.delimiter)]
+        return len(set(texts)) < len(texts) or "" in texts or not is_uniquely_decodable(texts)
+
+
+def is_uniquely_decodable(texts: Collection[str]) -> bool:
+    """Whether no two sequences of texts, none of them empty, are the same side by side.
+
+    Source: Sardinas and Patterson 1953.
+    """
+    ordered = sorted(set(texts))
+    codes = set(ordered)
+    seen: set[str] = set()
+    rests = {text[n:] for text in ordered for n in range(1, len(text)) if text[:n] in codes}
+    while rests:
+        if rests & codes:
+            return False
+        seen |= rests
+        found = {rest[n:] for rest in rests for n in range(1, len(rest)) if rest[:n] in codes}
+        for rest in rests:
+            at = bisect_left(ordered, rest)
+            while at < len(ordered) and ordered[at].startswith(rest):
+                found.add(ordered[at][len(rest) :])
+                at += 1
+        rests = found - seen
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class CtcLanguage:
+    """An n-gram model and how it reads the text.
+
+    Args:
+        table: the model.
+        unit: "words": scored when a word is closed; "labels": scored with each new label, whose text is the word of the
+            table (the delimiter's is `delimiter_word`).
+        words: the known words, None = all of the table. Others are scored as the table does, plus `unknown_word`.
+        unknown_word: nats, added to the log-prob of a closed word that is not known, weighted like it.
+        unknown_prefix: nats, not weighted: ranks prefixes while the word they spell is no beginning of a known one.
+            Beyond six characters it grows with the length. It is gone once the word is closed.
+        score_boundary: start after <s> and score </s> at the end.
+        score_empty_word: a text that ends with a delimiter is charged an unknown word more, as pyctcdecode does.
+        delimiter_word: the delimiter in a table of labels.
+    """
+
+    table: NgramTableProtocol
+    unit: Literal["words", "labels"] = "words"
+    words: Collection[str] | None = None
+    unknown_word: float = -10.0 * math.log(10.0)
+    unknown_prefix: float = -10.0
+    score_boundary: bool = True
+    score_empty_word: bool = False
+    delimiter_word: str = "<space>"
+
+    def __post_init__(self) -> None:
+        require(self.unit in ("words", "labels"), f"unit must be 'words' or 'labels', got {self.unit!r}.")
+        for name in ("unknown_word", "unknown_prefix"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name} must be finite, got {value!r}; 0 switches it off.")
+
+    @property
+    def start_state(self) -> int:
+        return self.table.start_state if self.score_boundary else self.table.null_state
+
+
+@dataclass(frozen=True)
+class CtcOptions:
+    """What a CTC search maximises, and what it leaves out.
+
+    The defaults prune by `beam_size` only.
+
+    Args:
+        beam_size: prefixes kept after each frame.
+        merge: "logsumexp" sums the alignments of a prefix, "max" keeps the best one (Viterbi).
+        lm_weight: of the language model's log-probs.
+        word_bonus: nats per closed word.
+        length_bonus: nats per label.
+        hotwords: words, or phrases whose words count each, that earn `hotword_weight` nats each time they are said;
+            while one is being spelled, the part of the weight that its spelled part is of the shortest such word.
+        hotword_weight: nats.
+        token_min_log_prob: labels below it, the blank included, are left out of a frame unless they are its best.
+        top_labels: so many labels of a frame, the blank counted, are looked at.
+        beam_margin: nats; prefixes that lie more below the best are dropped, in the final list as well.
+        blank_skip: a frame whose blank has at least this probability counts as blank alone.
+        places: what takes a place in the beam: a prefix, or each of its two "paths" (ending in blank, ending in its
+            label), as in pyctcdecode.
+        history_words: of paths that agree in that many last words, in the word being spelled and in their ending, only
+            the best stays; 0 = off.
+
+    Raises:
+        InvalidArgumentError: a value outside its range.
+    """
+
+    beam_size: int = 100
+    merge: Merge = "logsumexp"
+    lm_weight: float = 0.5
+    word_bonus: float = 0.0
+    length_bonus: float = 0.0
+    hotwords: tuple[str, ...] = ()
+    hotword_weight: float = 10.0
+    token_min_log_prob: float | None = None
+    top_labels: int | None = None
+    beam_margin: float | None = None
+    blank_skip: float | None = None
+    places: Places = "prefixes"
+    history_words: int = 0
+
+    def __post_init__(self) -> None:
+        integer("beam_size", self.beam_size, 1, MAX_BEAM)
+        integer("history_words", self.history_words, 0, MAX_BEAM)
+        if self.top_labels is not None:
+            integer("top_labels", self.top_labels, 1, MAX_BEAM)
+        require(self.merge in ("logsumexp", "max"), f"merge must be 'logsumexp' or 'max', got {self.merge!r}.")
+        require(self.places in ("prefixes", "paths"), f"places must be 'prefixes' or 'paths', got {self.places!r}.")
+        for name in ("lm_weight", "word_bonus", "length_bonus", "hotword_weight"):
+            value = getattr(self, name)
+            require(_is_number(value) and math.isfinite(value), f"{name} must be a finite number, got {value!r}.")
+        margin, skip, lowest = self.beam_margin, self.blank_skip, self.token_min_log_prob
+        require(
+            margin is None or (_is_number(margin) and margin >= 0),
+            f"beam_margin must be nats >= 0 or None, got {margin!r}; 10 is customary.",
+        )
+        require(
+            skip is None or (_is_number(skip) and 0 < skip <= 1),
+            f"blank_skip must be a probability in (0, 1] or None, got {skip!r}; 0.95 is customary.",
+        )
+        require(
+            lowest is None or (_is_number(lowest) and not math.isnan(lowest)),
+            f"token_min_log_prob must be nats or None, got {lowest!r}; -5 is customary.",
+        )
+        require(
+            not isinstance(self.hotwords, str) and all(isinstance(word, str) for word in self.hotwords),
+            f"hotwords must be a tuple of words, got {self.hotwords!r}.",
+        )
+        object.__setattr__(self, "hotwords", tuple(self.hotwords))
+
+    @property
+    def hotword_list(self) -> tuple[str, ...]:
+        """The single words of all hotwords, each once."""
+        return tuple(dict.fromkeys(word for phrase in self.hotwords for word in phrase.split()))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,77 @@
+"""The front of CTC decoding: same records as the attention decoder's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from shallowfusion import fusion
+from shallowfusion.ctc.decoder import CTCDecoder
+from shallowfusion.ctc.settings import CtcLanguage, CtcOptions
+from shallowfusion.errors import AcousticScoresError, InvalidArgumentError, ModelError
+from tests.ctc.conftest import LIBRI_LABELS, LIBRI_TEXT, libri, random_log_probs, shared_file
+
+LABELS = ("_", " ", "a", "b")
+
+
+def test_librispeech_sentence_with_a_batch_of_tensors() -> None:
+    decoder = CTCDecoder(LIBRI_LABELS, blank="", delimiter=" ", frame_seconds=0.02)
+    batch = torch.from_numpy(libri()).float().repeat(2, 1, 1)
+    whole, part = decoder.decode(batch, [371, 100], beam_size=20, n_best=3)
+    assert whole.text == LIBRI_TEXT
+    assert whole.duration == pytest.approx(7.42)
+    assert len(whole.n_best) == 3
+    assert LIBRI_TEXT.startswith(part.text[:-2])
+    assert part.segments[0].end == pytest.approx(2.0)
+    best = whole.best
+    assert best.total == pytest.approx(best.parts["asr"])
+    assert "".join(token.text for token in best.tokens).strip() == LIBRI_TEXT
+
+
+def test_parts_add_up_and_can_be_reranked() -> None:
+    path = shared_file("torchaudio_toy/kenlm.arpa")
+    decoder = CTCDecoder(LABELS, 0, 1, CtcLanguage(CTCDecoder(LABELS, 0, 1, path).language.table, unknown_word=0.0))  # type: ignore[union-attr]
+    (result,) = decoder.decode(random_log_probs(3, (1, 9, 4)), n_best=20, lm_weight=0.4)
+    assert len(result.n_best) > 3
+    for hypothesis in result.n_best:
+        assert hypothesis.total == pytest.approx(hypothesis.parts["asr"] + 0.4 * hypothesis.parts["lm"], abs=1e-6)
+        assert sum(token.total for token in hypothesis.tokens) == pytest.approx(hypothesis.total)
+    again = result.rerank(fusion.static(0.0), length_penalty=0.0)
+    assert again.best.parts["asr"] == max(hypothesis.parts["asr"] for hypothesis in result.n_best)
+
+
+def test_a_failed_utterance_raises_when_its_text_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    log_probs = random_log_probs(1, (3, 6, 4))
+    log_probs[1, 2, 0] = math.nan
+    results = CTCDecoder(LABELS).decode(log_probs)
+    with pytest.raises(AcousticScoresError, match=r"utterance 1 .* frame 2"):
+        _ = results[1].text
+    assert "utterance 1" in caplog.text
+    assert [result.error is None for result in results] == [True, False, True]
+
+
+def test_an_empty_text_keeps_its_score() -> None:
+    log_probs = np.full((1, 4, 4), -9.0, np.float32)
+    log_probs[..., 0] = -0.001
+    hypothesis = CTCDecoder(LABELS).decode(log_probs)[0].best
+    assert hypothesis.text == ""
+    assert hypothesis.token_ids == ()
+    assert sum(token.parts["asr"] for token in hypothesis.tokens) == pytest.approx(hypothesis.total)
+
+
+def test_bad_input_is_refused() -> None:
+    for arguments in ({"blank": "x"}, {"blank": 9}, {"delimiter": "x"}, {"delimiter": 0}, {"lm": None, "threads": 0}):
+        with pytest.raises(InvalidArgumentError):
+            CTCDecoder(LABELS, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ModelError):
+        CTCDecoder(LABELS, 0, 1, "nowhere.arpa")
+    decoder = CTCDecoder(LABELS)
+    with pytest.raises(InvalidArgumentError, match="beam_width"):
+        decoder.decode(np.full((1, 2, 4), -2.0), beam_width=3)
+    for bad in (None, np.float32(3), np.zeros((2, 4)), [[1.0]]):
+        with pytest.raises(InvalidArgumentError, match="log_probs"):
+            decoder.decode(bad)
+    assert decoder.search(CtcOptions(beam_size=3)).options.beam_size == 3
