@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shallowfusion.audio.reading import read_audio
 from shallowfusion.config import require
+from shallowfusion.ctc.prefix_scorer import joint_scorers
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
@@ -175,9 +176,10 @@ class FusionDecoder:
         if samples:
             with clock("features"):
                 features = log_mel(samples, self.acoustic.features)
-            searched = self._search(self._encoder_output(features, clock), options, clock)
             rate = self.acoustic.features.sampling_rate
-            timing = Timing(dict(clock.seconds), sum(len(s) for s in samples) / rate)
+            seconds = [len(own) / rate for own in samples]
+            searched = self._search(self._encoder_output(features, clock), options, clock, seconds)
+            timing = Timing(dict(clock.seconds), sum(seconds))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
                 results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
@@ -210,7 +212,7 @@ class FusionDecoder:
         return inputs.to(self.acoustic.scorer.device, model.dtype)
 
     def _search(
-        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock
+        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         languages = self._languages(encoder_output, options, clock)
         prefixes = [self._prefix(language, options) for language in languages]
@@ -224,7 +226,9 @@ class FusionDecoder:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
         names = self.names_under(plan.rule)
-        outcomes = search(scorers, contexts, names, plan, clock)
+        late = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
+        outcomes = search(scorers, contexts, names, plan, clock, late)
+        names = (*names, *(scorer.name for scorer in late))
         with clock("text"):
             return [
                 (self._hypotheses(outcome, names, options.n_best), language, plan.rule)
@@ -270,6 +274,7 @@ class FusionDecoder:
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
+            acoustic_weight=1.0 - options.ctc_weight,
             length_bonus=options.length_bonus,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )

@@ -26,6 +26,8 @@ class DecodingOptions:
         n_best: hypotheses returned per utterance, at most beam_size.
         rule: fusion rule, for instance fusion.static(0.24). In its place `lm_weight` with `initial_steps` says
             static or piecewise. With neither, a loaded LM gets weight 0.24, the published optimum of a domain GPT-2.
+        ctc_weight: share of the acoustic model's CTC head, 0 to below 1: an increment is (1 - ctc_weight) * attention
+            + ctc_weight * CTC + language models.
         length_bonus: nats per token but the end.
         length_penalty: total / length ** length_penalty ranks hypotheses; with stop_rule="whisper" None is the mean
             and a number GNMT's ((5 + length) / 6) ** length_penalty.
@@ -56,6 +58,7 @@ class DecodingOptions:
     rule: Rule | None = None
     lm_weight: float | None = None
     initial_steps: int = 0
+    ctc_weight: float = 0.0
     length_bonus: float = 0.0
     length_penalty: float | None = 1.0
     patience: float = 1.0
@@ -105,6 +108,10 @@ class DecodingOptions:
         require(
             self.end_threshold is None or (math.isfinite(self.end_threshold) and self.end_threshold >= 1),
             f"end_threshold must be at least 1 or None, got {self.end_threshold!r}; 1.5 is customary.",
+        )
+        require(
+            isinstance(self.ctc_weight, (int, float)) and 0 <= self.ctc_weight < 1,
+            f"ctc_weight must be from 0 to below 1, got {self.ctc_weight!r}; for CTC alone use CTCDecoder.",
         )
         require(
             self.early_stopping in (False, True, "never"),

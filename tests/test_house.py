@@ -38,6 +38,7 @@ NATIVE_FACES = {
     "search/beam_state.py",
     "scorers/page_pool.py",
     "ngrams/table.py",
+    "ctc/prefix_scores.py",
     "ctc/search.py",
     "phrases/automaton.py",
 }

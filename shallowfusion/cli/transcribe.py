@@ -88,6 +88,7 @@ def _numbers() -> dict[str, tuple[type, str]]:
     return {
         "beam_size": (int, "live hypotheses per recording (default: 5)"),
         "n_best": (int, "hypotheses returned (default: 1)"),
+        "ctc_weight": (float, "share of the model's CTC head, 0 to below 1 (default: 0)"),
         "length_bonus": (float, "nats per token (default: 0)"),
         "patience": (float, "stop rule whisper: waits for beam_size * patience hypotheses (default: 1)"),
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),

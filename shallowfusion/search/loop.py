@@ -38,6 +38,7 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        acoustic_weight: of the first source; the rest of 1 is that of a late source such as CTC.
         no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
     """
 
@@ -51,6 +52,7 @@ class SearchPlan:
     first_suppressed: tuple[int, ...] = ()
     min_new_tokens: int = 0
     end_threshold: float | None = None
+    acoustic_weight: float = 1.0
     length_bonus: float = 0.0
     no_repeat_ngram_size: int = 0
     backend: Backend = "auto"
