@@ -72,7 +72,8 @@ py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t
   return values;
 }
 
-py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+// With `shared_first` the bonuses of first tokens, which are those of the start state, are left out and taken off.
+py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states, bool shared_first) {
   check_states(automaton, states);
   const py::ssize_t rows = states.shape(0);
   py::array_t<int32_t> row_offsets({rows + 1});
@@ -85,10 +86,12 @@ py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
     std::vector<PhraseAutomaton::Arc> arcs;
     offsets[0] = 0;
     for (py::ssize_t row = 0; row < rows; ++row) {
-      automaton.arcs(static_cast<uint32_t>(from[row]), &arcs);
+      automaton.arcs(static_cast<uint32_t>(from[row]), !shared_first, &arcs);
       for (const PhraseAutomaton::Arc& arc : arcs) {
         tokens.push_back(arc.token);
-        values.push_back(automaton.gain(arc.target) + automaton.held(arc.target));
+        const uint32_t first = shared_first ? automaton.next(0, arc.token) : 0;
+        values.push_back(automaton.gain(arc.target) + automaton.held(arc.target) -
+                         (automaton.gain(first) + automaton.held(first)));
       }
       if (tokens.size() > INT32_MAX) throw std::invalid_argument("too many rows and phrases for one step.");
       offsets[row + 1] = static_cast<int32_t>(tokens.size());
@@ -105,7 +108,7 @@ void bind_phrase_automaton(py::module_& module) {
   py::class_<PhraseAutomaton, std::shared_ptr<PhraseAutomaton>>(module, "PhraseAutomaton")
       .def(py::init(&create), py::kw_only(), py::arg("tokens"), py::arg("credits"), py::arg("offsets"),
            py::arg("phrases"))
-      .def("step", &step, py::kw_only(), states)
+      .def("step", &step, py::kw_only(), states, py::arg("shared_first"))
       .def("advance", &advance, py::kw_only(), states, py::arg("tokens"))
       .def("refunds", &refunds, py::kw_only(), states)
       .def_property_readonly("num_states", &PhraseAutomaton::num_states);

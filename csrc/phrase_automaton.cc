@@ -123,10 +123,11 @@ uint32_t PhraseAutomaton::next(uint32_t state, int32_t token) const {
   }
 }
 
-void PhraseAutomaton::arcs(uint32_t state, std::vector<Arc>* found) const {
+void PhraseAutomaton::arcs(uint32_t state, bool with_first, std::vector<Arc>* found) const {
   // The state and its suffixes, the shortest first; a longer match of the same token replaces a shorter one.
-  std::vector<uint32_t> chain{state};
-  while (chain.back() != kRoot) chain.push_back(suffix_[chain.back()]);
+  std::vector<uint32_t> chain;
+  for (uint32_t node = state; node != kRoot; node = suffix_[node]) chain.push_back(node);
+  if (with_first) chain.push_back(kRoot);
   found->clear();
   std::vector<Arc> merged;
   for (auto node = chain.rbegin(); node != chain.rend(); ++node) {

@@ -35,8 +35,8 @@ class PhraseAutomaton {
     int32_t token;
     uint32_t target;
   };
-  // The tokens that lead from a state to anything but the root, sorted.
-  void arcs(uint32_t state, std::vector<Arc>* found) const;
+  // The tokens that lead from a state to nodes of more than one token, sorted; `with_first`: to any but the root.
+  void arcs(uint32_t state, bool with_first, std::vector<Arc>* found) const;
 
  private:
   static constexpr uint32_t kRoot = 0;

@@ -68,6 +68,12 @@ class PagePool:
     def slots(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
     def pages(self, *, sequence: int) -> npt.NDArray[np.int32]: ...
 
+# ARPA reader --------------------------------------------------------------------------------------------------------
+
+NgramArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+def read_arpa(*, text: bytes) -> tuple[list[bytes], list[NgramArrays]] | None: ...
+
 # N-gram table -------------------------------------------------------------------------------------------------------
 
 class NgramTable:
@@ -75,7 +81,7 @@ class NgramTable:
         self,
         *,
         num_words: int,
-        orders: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]],
+        orders: Sequence[NgramArrays],
         begin_word: int,
         end_word: int,
         unknown_word: int,
@@ -112,7 +118,7 @@ class PhraseAutomaton:
     @property
     def num_states(self) -> int: ...
     def step(
-        self, *, states: npt.NDArray[np.int64]
+        self, *, states: npt.NDArray[np.int64], shared_first: bool
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
     def advance(self, *, states: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
     def refunds(self, *, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...

@@ -17,7 +17,10 @@ from shallowfusion.ctc.prefix_scorer import joint_scorers
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
+from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
+from shallowfusion.phrases.automaton import PhraseAutomaton
+from shallowfusion.phrases.patterns import patterns, spread
 from shallowfusion.results import Timing, Transcription, compression_ratio
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.internal_lm import InternalLMScorer
@@ -29,9 +32,10 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.scorers.mixture import MixtureScorer
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
-from shallowfusion.text.vocabulary import text_map, token_map
+from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Hypothesis, Token, Unmapped
 
 __all__ = ["FusionDecoder"]
@@ -64,6 +68,7 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
+        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
         for model in self.language_models:
             token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
@@ -103,7 +108,13 @@ class FusionDecoder:
 
     def names_under(self, rule: Rule) -> tuple[str, ...]:
         """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
-        return (*self.source_names, "ilm") if rule.ilm_weight else self.source_names
+        own = ("asr", "lm") if rule.lm_mixture else self.source_names
+        return (*own, "ilm") if rule.ilm_weight else own
+
+    def _models_under(self, rule: Rule) -> Sequence[Any]:
+        if not rule.lm_mixture:
+            return self.language_models
+        return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def transcribe(self, recordings: Any, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
         """Transcribe recordings of up to the model's window (30 s for Whisper).
@@ -218,10 +229,11 @@ class FusionDecoder:
         prefixes = [self._prefix(language, options) for language in languages]
         plan = self._plan(options, max(len(prefix) for prefix in prefixes))
         width, longest = options.beam_size, plan.settings.max_new_tokens
-        scorers: list[Scorer] = [self.acoustic.scorer, *self.language_models]
+        models = self._models_under(plan.rule)
+        scorers: list[Scorer] = [self.acoustic.scorer, *models]
         heard = Context(prefixes, width, longest, encoder_output)
         contexts = [heard]
-        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in self.language_models]
+        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in models]
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
@@ -253,7 +265,8 @@ class FusionDecoder:
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
-        maps = [token_map(acoustic.vocabulary, lm.vocabulary, include_end) for lm in self.language_models]
+        vocabularies = [model.vocabulary for model in self._models_under(rule)]
+        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
         temperatures = [options.asr_temperature, *[options.lm_temperature] * len(maps)]
@@ -276,8 +289,30 @@ class FusionDecoder:
             end_threshold=options.end_threshold,
             acoustic_weight=1.0 - options.ctc_weight,
             length_bonus=options.length_bonus,
+            class_sources=class_sources(
+                class_factors(acoustic.vocabulary, dict(rule.class_factors)),
+                (None, *maps),
+                [len(acoustic.vocabulary), *map(len, vocabularies)],
+                not include_end,
+                tokens.end,
+            ),
+            phrases=self._phrases(options.weighted_hotwords()),
+            vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
+
+    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
+        """The automaton of the hotwords; the one of the call before if they are the same."""
+        if not hotwords:
+            return None
+        if self._last_phrases is None or self._last_phrases[0] != hotwords:
+            encode = self.acoustic.tokenizer.encode
+
+            def segment(text: str) -> list[list[int]]:
+                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
+
+            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
+        return self._last_phrases[1]
 
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
         given = options.suppress_tokens

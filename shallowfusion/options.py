@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class DecodingOptions:
         min_new_tokens, max_new_tokens: bounds on generated tokens; None = what the model's window leaves.
         no_repeat_ngram_size: no hypothesis says the same group of that many tokens twice, as in transformers; 0 = it
             may.
+        hotwords: words and phrases to favour: {"Fallot": 4.0} in nats for saying it once, or texts alone, which get
+            `hotword_weight` each; negative weights make a phrase less likely.
         suppress_tokens: ids never generated; "-1" or -1 = the model's own list, None or () = none.
         suppress_blank: the model's list for the first token (blank and end).
         without_timestamps: only True in this release.
@@ -69,6 +71,8 @@ class DecodingOptions:
     min_new_tokens: int = 0
     max_new_tokens: int | None = None
     no_repeat_ngram_size: int = 0
+    hotwords: Mapping[str, float] | Sequence[str] | str | None = None
+    hotword_weight: float = 4.0
     suppress_tokens: Sequence[int] | str | int | None = "-1"
     suppress_blank: bool = True
     without_timestamps: bool = True
@@ -135,6 +139,7 @@ class DecodingOptions:
         for name in ("min_new_tokens", "no_repeat_ngram_size"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, f"{name} must be an integer >= 0, got {value!r}.")
+        self.weighted_hotwords()
         self._check_rule()
         self.beam_settings(end_id=0, room=448)
 
@@ -146,6 +151,27 @@ class DecodingOptions:
         if unknown:
             raise InvalidArgumentError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         return cls(**names)
+
+    def weighted_hotwords(self) -> dict[str, float]:
+        """Phrases and their weights in nats; empty without hotwords."""
+        given = self.hotwords
+        if given is None:
+            return {}
+        if isinstance(given, str):
+            given = [given]
+        if not isinstance(given, Mapping):
+            require(
+                isinstance(given, Sequence) and all(isinstance(text, str) for text in given),
+                f"hotwords must be texts or a mapping of text to weight, got {given!r}.",
+            )
+            given = dict.fromkeys(given, self.hotword_weight)
+        for text, weight in given.items():
+            require(isinstance(text, str) and bool(text.strip()), f"hotwords must be texts, got {text!r}.")
+            require(
+                isinstance(weight, (int, float)) and math.isfinite(weight),
+                f"the weight of hotword {text!r} must be finite (nats for saying it), got {weight!r}.",
+            )
+        return dict(given)
 
     def _check_rule(self) -> None:
         if self.rule is None:

@@ -37,6 +37,7 @@ NATIVE_FACES = {
     "fusion/native_step.py",
     "search/beam_state.py",
     "scorers/page_pool.py",
+    "ngrams/arpa_native.py",
     "ngrams/table.py",
     "ctc/prefix_scores.py",
     "ctc/search.py",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, piecewise, static
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
@@ -71,6 +73,8 @@ def options_from(arguments: argparse.Namespace) -> DecodingOptions:
         given = arguments.suppress_tokens
         names["suppress_tokens"] = given if given == "-1" else [int(i) for i in given.split(",") if i.strip()]
     names["suppress_blank"] = not arguments.keep_blank
+    if arguments.hotword:
+        names["hotwords"] = _hotwords(arguments.hotword)
     return DecodingOptions.of(**names)
 
 
@@ -82,6 +86,25 @@ def _rule(arguments: argparse.Namespace) -> Rule | None:
     if not (arguments.initial_steps or arguments.ramp or arguments.catch_up):
         return static(weights)
     return piecewise(weights or 0.24, arguments.initial_steps, arguments.ramp, arguments.catch_up)
+
+
+def _hotwords(given: list[str]) -> dict[str, float]:
+    """Phrases with weights, from the command line and the files it names."""
+    found: dict[str, float] = {}
+    for entry in given:
+        lines = [entry]
+        if entry.startswith("@"):
+            try:
+                lines = Path(entry[1:]).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidArgumentError(f"hotwords cannot be read from {entry[1:]}: {error}.") from error
+        for line in filter(str.strip, lines):
+            text, _, weight = line.partition("=")
+            try:
+                found[text.strip()] = float(weight) if weight.strip() else DecodingOptions.hotword_weight
+            except ValueError:
+                raise InvalidArgumentError(f"a hotword is TEXT or TEXT=NATS, got {line!r}.") from None
+    return found
 
 
 def _numbers() -> dict[str, tuple[type, str]]:
@@ -143,6 +166,13 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--length-penalty", default=None, metavar="P", help="number, or none (default: 1)")
     group.add_argument("--end-threshold", default=None, metavar="G", help="number, or none (default: 1.5)")
     group.add_argument("--early-stopping", default=None, type=_early_stopping, metavar="X", help="false, true or never")
+    group.add_argument(
+        "--hotword",
+        action="append",
+        default=None,
+        metavar="TEXT[=NATS]",
+        help="word or phrase to favour by that many nats (default: 4); repeatable, or @FILE with one a line",
+    )
     group.add_argument("--suppress-tokens", default=None, metavar="IDS", help="-1 = the model's list, or ids: 1,2,3")
     group.add_argument("--keep-blank", action="store_true", help="allow blank or end as the first token")
 

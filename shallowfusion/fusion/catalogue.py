@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shallowfusion.config import require
 from shallowfusion.fusion.gates import (
@@ -21,6 +22,7 @@ from shallowfusion.fusion.rules import EndPolicy, IlmVariant, Rule, as_weights
 __all__ = [
     "agreement_gate",
     "article",
+    "by_class",
     "confidence_gate",
     "entropy_gate",
     "evidence_gate",
@@ -29,6 +31,7 @@ __all__ = [
     "inverse_entropy_gate",
     "late_fusion",
     "margin_gate",
+    "mixture",
     "piecewise",
     "static",
     "uadf",
@@ -111,6 +114,26 @@ def evidence_gate(
     return Rule(
         "evidence_gate", as_weights(weight), gate=gate, form="plain", ilm_weight=ilm_weight, ilm_variant=variant
     )
+
+
+def mixture(priors: Sequence[float], weight: float, forgetting: float | None = None) -> Rule:
+    """asr + weight * log sum_k prior_k * P_k: several language models as one distribution (METHODS 11.3).
+
+    With `forgetting` (0.9 to 1) the priors follow the text: the model that predicts a hypothesis best gains weight.
+    """
+    return Rule("mixture", (weight,), lm_mixture=tuple(priors), forgetting=forgetting)
+
+
+def by_class(rule: Rule, **factors: float) -> Rule:
+    """`rule` with its language-model weights multiplied by a factor for some tokens: by_class(static(0.5), digits=0.2).
+
+    Args:
+        factors: end, timestamps, digits, word_initial; where classes overlap the factors multiply.
+    """
+    known = ("end", "timestamps", "digits", "word_initial")
+    unknown = sorted(set(factors) - set(known))
+    require(not unknown, f"unknown token class {', '.join(unknown)}; known are {', '.join(known)}.")
+    return replace(rule, class_factors=tuple(sorted(factors.items())))
 
 
 def uadf(end_policy: EndPolicy = "lm") -> Rule:

@@ -39,6 +39,9 @@ class Rule:
         end_policy: this rule's own default, None = the decoder's.
         gate: shares by what the models say in each row; `form` keeps hypotheses comparable (see `gates`).
         mixture: sum of probabilities instead of log-probs.
+        lm_mixture: prior weights of the language models where they count as one, the sum of their probabilities;
+            lm_weights then holds one weight for all. `forgetting` lets them follow the text.
+        class_factors: factors of the language models' weights for classes of tokens, by name (see `token_classes`).
         ilm_weight: of the acoustic model's internal language model, which is subtracted; `ilm_variant` says how it is
             had.
     """
@@ -52,6 +55,9 @@ class Rule:
     gate: Gate | None = None
     form: Form = "local"
     mixture: Mixture | None = None
+    lm_mixture: tuple[float, ...] = ()
+    forgetting: float | None = None
+    class_factors: tuple[tuple[str, float], ...] = ()
     ilm_weight: float = 0.0
     ilm_variant: IlmVariant = "zero_context"
 
@@ -75,6 +81,19 @@ class Rule:
         require(
             not (self.catch_up and (self.gate or self.mixture)),
             "catch_up adds skipped scores at their full weight, so it goes with neither a gate nor a mixture.",
+        )
+        require(
+            not self.lm_mixture or len(self.lm_weights) == 1,
+            f"a mixture of language models has one weight, got {self.lm_weights!r}.",
+        )
+        for name, factor in self.class_factors:
+            require(
+                math.isfinite(factor) and factor >= 0,
+                f"the factor of the class {name!r} must be finite and >= 0, got {factor!r}.",
+            )
+        require(
+            not (self.class_factors and (self.gate or self.mixture or self.ilm_weight)),
+            "factors by token class go with constant and piecewise weights only.",
         )
         require(not (self.gate and self.mixture), "a rule has a gate or a mixture, got both.")
         require(
@@ -121,6 +140,12 @@ class Rule:
         Raises:
             InvalidArgumentError: the rule weighs another number of models than are loaded.
         """
+        if self.lm_mixture:
+            require(
+                len(self.lm_mixture) == count,
+                f"the rule {self} mixes {len(self.lm_mixture)} language models, but {count} are loaded.",
+            )
+            return self
         if len(self.lm_weights) == count or (count == 0 and not any(self.lm_weights)):
             return replace(self, lm_weights=self.lm_weights[:count])
         require(

@@ -41,15 +41,17 @@ class PhraseAutomatonProtocol(Protocol):
         """No phrase begun."""
         ...
 
-    def step(self, states: npt.ArrayLike) -> Entries:
+    def step(self, states: npt.ArrayLike, shared_first: bool = False) -> Entries:
         """Bonuses of the next token, `SparseBonus` in numpy, to be added to totals that have got their refunds.
 
         Args:
             states: int64 [rows].
+            shared_first: for many phrases: leave the bonuses of tokens that begin a phrase, which are those of
+                `step([start_state])` in every row, to the caller's `token_bias`; the values are what comes on top.
 
         Returns:
             int32 [rows + 1] row_offsets, int32 [entries] token_ids, ascending in a row, and float32 [entries] values:
-            all tokens that begin, continue or complete a phrase.
+            all tokens that begin, continue or complete a phrase, or with `shared_first` those that do not only begin.
         """
         ...
 
@@ -65,8 +67,9 @@ class PhraseAutomatonProtocol(Protocol):
 class PhraseAutomaton:
     """The C++ automaton; see `PhraseAutomatonProtocol`. Immutable, so threads may share it.
 
-    Price: a step takes O(entries), a few hundred with hundreds of phrases: their first tokens are always listed;
-    `advance` O(phrase length * log). Memory: 24 bytes per distinct beginning of a phrase.
+    Price: a step takes O(entries). Every row lists the first tokens of all phrases; with thousands of phrases use
+    `shared_first`, which leaves a few entries a row. `advance` O(phrase length * log). Memory: 24 bytes per distinct
+    beginning of a phrase.
     """
 
     def __init__(self, patterns: Patterns) -> None:
@@ -82,8 +85,8 @@ class PhraseAutomaton:
     def num_states(self) -> int:
         return self._native.num_states
 
-    def step(self, states: npt.ArrayLike) -> Entries:
-        return self._native.step(states=integer_array("states", states, (None,)))
+    def step(self, states: npt.ArrayLike, shared_first: bool = False) -> Entries:
+        return self._native.step(states=integer_array("states", states, (None,)), shared_first=shared_first)
 
     def refunds(self, states: npt.ArrayLike) -> Float32Array:
         return self._native.refunds(states=integer_array("states", states, (None,)))

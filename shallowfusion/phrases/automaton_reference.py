@@ -37,16 +37,16 @@ class ReferencePhraseAutomaton:
     def start_state(self) -> int:
         return 0
 
-    def step(self, states: npt.ArrayLike) -> Entries:
+    def step(self, states: npt.ArrayLike, shared_first: bool = False) -> Entries:
         matches = [self._match(state) for state in integer_array("states", states, (None,))]
         alphabet = sorted({token for tokens, _, _ in self._patterns for token in tokens})
         row_offsets, token_ids, values = [0], [], []
         for match in matches:
             for token in alphabet:
-                after = self._next(match, token)
-                if after:
+                after, first = self._next(match, token), self._next((), token) if shared_first else ()
+                if len(after) > shared_first:
                     token_ids.append(token)
-                    values.append(self._gain(after) + self._held(after))
+                    values.append(self._gain(after) + self._held(after) - self._gain(first) - self._held(first))
             row_offsets.append(len(token_ids))
         return np.array(row_offsets, np.int32), np.array(token_ids, np.int32), np.array(values, np.float32)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from shallowfusion.fusion.gates import StepView
 from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
+from shallowfusion.search.boosting import PhraseBooster
 from shallowfusion.search.candidates import WIDENING, CandidateArrays, CandidateScorer, with_candidate_scores
 from shallowfusion.search.guards import RepeatGuard
-from shallowfusion.values import Candidates
+from shallowfusion.values import Candidates, Unmapped
 
 if TYPE_CHECKING:
     from shallowfusion.search.loop import SearchPlan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Rows"]
 
 Array = npt.NDArray[Any]
+NOTHING = Unmapped("floor", 0.0)
 
 
 class Rows:
@@ -45,6 +47,9 @@ class Rows:
         self._vocab_sizes: list[int] = []
         self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
         self.guard = RepeatGuard(plan.no_repeat_ngram_size, prompts) if plan.no_repeat_ngram_size else None
+        self.booster = (
+            PhraseBooster(plan.phrases, plan.vocab_size, num_utterances) if plan.phrases is not None else None
+        )
         self._biases: dict[tuple[int, ...], Tensor | None] = {}
 
     def candidates(self, logits: Sequence[Tensor], step: int) -> CandidateArrays:
@@ -59,19 +64,25 @@ class Rows:
         maps = [None if given is None else given.to(device) for given in plan.maps]
         view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
         numbers = step_weights(plan.rule, view).with_acoustic(plan.acoustic_weight)
-        sums = torch.from_numpy(totals.reshape(-1))
+        boost = None if self.booster is None else self.booster.bonus(device)
+        sums = torch.from_numpy(totals.reshape(-1)).to(device)
+        for shift in (numbers.shift, None if boost is None else boost.refunds):
+            sums = sums if shift is None else sums + shift
+        looks = plan.class_sources
+        weights = [numbers.weights, *(look.factor * numbers.weights[:, look.source, None] for look in looks)]
         found = fused_step(
-            logits,
-            numbers.weights,
-            sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
+            [*logits, *(logits[look.source] for look in looks)],
+            torch.cat(weights, dim=1) if looks else numbers.weights,
+            sums,
             beam_size=totals.shape[1],
             top_k=plan.settings.num_candidates * (WIDENING if self.scorers else 1),
             end_id=plan.end_id,
-            temperatures=temperatures,
-            maps=maps,
-            unmapped=plan.unmapped,
+            temperatures=[*temperatures, *(temperatures[look.source] for look in looks)],
+            maps=[*maps, *(look.map.to(device) for look in looks)],
+            unmapped=[*plan.unmapped, *[NOTHING] * len(looks)],
             token_bias=self._bias(step, vocab, device),
             allowed=self._allowed(view),
+            bonus=None if boost is None else boost.sparse,
             length_bonus=plan.length_bonus,
             combine="log_linear" if plan.rule.mixture is None else "mixture",
             normalize=plan.normalize,
@@ -110,8 +121,8 @@ class Rows:
         for follower in self._followers():
             follower.keep(order)
 
-    def _followers(self) -> list[CandidateScorer | RepeatGuard]:
-        return [*self.scorers, *([] if self.guard is None else [self.guard])]
+    def _followers(self) -> list[CandidateScorer | RepeatGuard | PhraseBooster]:
+        return [*self.scorers, *(own for own in (self.guard, self.booster) if own is not None)]
 
     def _sums(self, device: torch.device) -> Tensor | None:
         if not self._keeps_sums:
@@ -126,7 +137,7 @@ class Rows:
             totals=found.totals.cpu().numpy(),
             lanes=np.where(parents >= 0, parents % beam_size, -1),
             tokens=found.token_ids.cpu().numpy(),
-            parts=found.parts.cpu().numpy(),
+            parts=found.parts[:, :, : self.num_sources].cpu().numpy(),
             flagged=np.asarray(found.flags.cpu().numpy().reshape(-1, beam_size).any(axis=1)),
         )
 
@@ -138,9 +149,9 @@ class Rows:
         if step < plan.min_new_tokens:
             forbidden += plan.settings.end_ids
         if forbidden not in self._biases:
-            bias = torch.zeros(vocab)
+            bias = torch.zeros(vocab) if self.booster is None else self.booster.first.clone()
             bias[list(forbidden)] = float("-inf")
-            self._biases[forbidden] = bias.to(device) if forbidden else None
+            self._biases[forbidden] = bias.to(device) if forbidden or self.booster is not None else None
         return self._biases[forbidden]
 
     def _allowed(self, view: StepView) -> Tensor | None:

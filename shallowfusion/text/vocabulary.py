@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shallowfusion.errors import VocabularyError
 
-__all__ = ["Vocabulary", "byte_alphabet", "text_map", "token_bytes", "token_map", "vocabulary_of"]
+__all__ = ["Vocabulary", "byte_alphabet", "class_factors", "text_map", "token_bytes", "token_map", "vocabulary_of"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,25 @@ def text_map(vocabulary: Vocabulary) -> Tensor:
     """A model's own ids for its text tokens, -1 for the end and special tokens; int32 [size]."""
     ids = [-1 if token is None or i == vocabulary.end_id else i for i, token in enumerate(vocabulary.tokens)]
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def class_factors(vocabulary: Vocabulary, factors: Mapping[str, float]) -> Tensor:
+    """Product of the factors of every class each token belongs to, float [size].
+
+    Args:
+        factors: by class: end; timestamps (all other tokens without text); digits (nothing but digits, spaces apart);
+            word_initial (begins with a space, and is more than that).
+    """
+    product = torch.ones(len(vocabulary))
+    for i, token in enumerate(vocabulary.tokens):
+        if i == vocabulary.end_id:
+            product[i] *= factors.get("end", 1.0)
+        elif token is None:
+            product[i] *= factors.get("timestamps", 1.0)
+        else:
+            product[i] *= factors.get("digits", 1.0) if token.strip().isdigit() else 1.0
+            product[i] *= factors.get("word_initial", 1.0) if token.startswith(b" ") and token.strip() else 1.0
+    return product
 
 
 def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[int], moved: Sequence[int]) -> str:

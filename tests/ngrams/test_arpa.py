@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from shallowfusion.errors import InvalidArgumentError, ModelError
 from shallowfusion.ngrams.arpa import is_arpa, read_arpa, write_arpa
+from shallowfusion.ngrams.arpa_native import read_plain_arpa
+from shallowfusion.ngrams.arpa_reference import read_any_arpa
 from shallowfusion.ngrams.model import LOG_10, NgramModel
 from shallowfusion.ngrams.table import NgramTable, word_log_probs
 from tests.ngrams.conftest import ARPA_FILES, SHARED_DATA, shared_model
@@ -156,7 +158,41 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         read_arpa(write(tmp_path, GOOD.encode("latin-1")))
 
 
-@settings(max_examples=300, deadline=None)
+def assert_readers_agree(data: bytes) -> None:
+    """What the fast reader reads at all, the other reads alike, to the bit."""
+    found = read_plain_arpa(data)
+    if found is None:
+        return
+    words, orders = read_any_arpa(data, "lm.arpa")
+    assert found[0] == words
+    assert len(found[1]) == len(orders)
+    for ours, theirs in zip(found[1], orders, strict=True):
+        assert ours.words.tolist() == theirs.words.tolist()
+        assert ours.log_probs.tobytes() == theirs.log_probs.tobytes()
+        assert ours.back_offs.tobytes() == theirs.back_offs.tobytes()
+
+
+@pytest.mark.parametrize("name", ARPA_FILES)
+def test_both_readers_agree_on_real_files(name: str) -> None:
+    shared_model(name)  # skips without the data
+    data = (SHARED_DATA / name).read_bytes()
+    data = gzip.decompress(data) if name.endswith(".gz") else data
+    assert read_plain_arpa(data) is not None
+    assert_readers_agree(data)
+
+
+def test_unusual_files_are_left_to_the_reader_in_python(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unusual = GOOD.replace("ngram 1=5", "ngram 1 = 5")
+    assert read_plain_arpa(GOOD.encode()) is not None
+    assert read_plain_arpa(unusual.encode()) is None
+    with caplog.at_level(logging.INFO):
+        read_arpa(write(tmp_path, unusual))
+    assert "is read in Python" in caplog.text
+    for huge in ("ngram 3=999999999999999", "ngram 3=99999999999999999999"):
+        assert read_plain_arpa(GOOD.replace("ngram 3=1", huge).encode()) is None
+
+
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_mutated_files_load_or_raise_our_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     text = bytearray(GOOD.encode())
@@ -174,6 +210,7 @@ def test_mutated_files_load_or_raise_our_error(tmp_path_factory: pytest.TempPath
         else:
             junk = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"\n", b"\t", b"1e999", b"-inf", b"9"])))
             text[place : place + (len(junk) if kind == "overwrite" else 0)] = junk
+    assert_readers_agree(bytes(text))
     path = tmp_path_factory.mktemp("mutated") / "lm.arpa"
     path.write_bytes(bytes(text))
     try:

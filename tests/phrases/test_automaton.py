@@ -113,14 +113,32 @@ def test_native_equals_reference(phrases: dict[str, float], columns: list[list[i
     pair = [PhraseAutomaton(made), ReferencePhraseAutomaton(made)]
     states = [[0, 0, 0] for _ in pair]
     for tokens in columns:
-        (offsets, ids, values), other = (a.step(s) for a, s in zip(pair, states, strict=True))
-        assert offsets.tolist() == other[0].tolist()
-        assert ids.tolist() == other[1].tolist()
-        np.testing.assert_allclose(values, other[2], atol=1e-5)
-        assert (offsets.dtype, ids.dtype, values.dtype) == (np.int32, np.int32, np.float32)
+        for shared_first in (False, True):
+            (offsets, ids, values), other = (a.step(s, shared_first) for a, s in zip(pair, states, strict=True))
+            assert offsets.tolist() == other[0].tolist()
+            assert ids.tolist() == other[1].tolist()
+            np.testing.assert_allclose(values, other[2], atol=1e-5)
+            assert (offsets.dtype, ids.dtype, values.dtype) == (np.int32, np.int32, np.float32)
         refunds = [a.refunds(s) for a, s in zip(pair, states, strict=True)]
         np.testing.assert_allclose(refunds[0], refunds[1], atol=1e-5)
         states = [a.advance(s, tokens).tolist() for a, s in zip(pair, states, strict=True)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(PHRASES, st.text("abcd", max_size=8))
+def test_shared_first_tokens_and_the_rest_make_the_whole(phrases: dict[str, float], text: str) -> None:
+    def dense(offsets, ids, values) -> np.ndarray:
+        row = np.zeros(5)
+        row[ids] = values
+        return row
+
+    automaton = PhraseAutomaton(patterns(phrases, letters))
+    state = [automaton.start_state]
+    shared = dense(*automaton.step(state))
+    for token in letters(text)[0]:
+        state = automaton.advance(state, [token]).tolist()
+        both = shared + dense(*automaton.step(state, shared_first=True))
+        np.testing.assert_allclose(both, dense(*automaton.step(state)), atol=1e-5)
 
 
 def test_the_fused_step_takes_its_entries() -> None:

@@ -188,3 +188,25 @@ def test_options_reach_the_search_unchanged() -> None:
     settings = options.beam_settings(end_id=7, room=20)
     assert (settings.beam_size, settings.end_ids, settings.max_new_tokens) == (3, (7,), 20)
     assert (settings.stop_rule, settings.patience, settings.length_penalty) == ("whisper", 2.0, None)
+
+
+@pytest.mark.parametrize("stop_rule", ["hf", "whisper"])
+def test_one_factor_for_every_class_is_another_weight(model, stop_rule: str) -> None:
+    states = random_encoder_output(model.acoustic, 5)
+    options = {**OPTIONS, "end_policy": "lm", "stop_rule": stop_rule, "suppress_tokens": [41, 42, 43]}
+    rule = fusion.by_class(fusion.static(0.5), digits=0.4, end=0.4)  # every text token here is written in digits
+    by_class = model.decode(states, rule=rule, **options)
+    plain = model.decode(states, rule=fusion.static(0.2), **options)
+    for one, other in zip(by_class, plain, strict=True):
+        assert [h.token_ids for h in one.n_best] == [h.token_ids for h in other.n_best]
+        assert [h.total for h in one.n_best] == pytest.approx([h.total for h in other.n_best], abs=1e-4)
+        assert [h.parts for h in one.n_best] == [pytest.approx(h.parts, abs=1e-4) for h in other.n_best]
+
+
+def test_a_factor_changes_the_weight_of_its_class_alone(model) -> None:
+    states = random_encoder_output(model.acoustic, 5)
+    results = model.decode(states, rule=fusion.by_class(fusion.static(0.5), end=3.0), **{**OPTIONS, "end_policy": "lm"})
+    for hypothesis in (h for r in results for h in r.n_best):
+        for token in hypothesis.tokens:
+            weight = 1.5 if token.id == END else 0.5
+            assert token.total == pytest.approx(token.parts["asr"] + weight * token.parts["lm"], abs=1e-4)

@@ -94,3 +94,12 @@ def test_missing_tokens_are_counted() -> None:
     language = Vocabulary((b"a", b"b"), end_id=0, name="L")
     with pytest.raises(VocabularyError, match=r"\(A\).*\(L\): 2 of 4 text tokens.*id 2 is b'x' against None"):
         token_map(acoustic, language, include_end=False)
+
+
+def test_factors_of_token_classes_multiply() -> None:
+    from shallowfusion.text.vocabulary import class_factors
+
+    vocabulary = Vocabulary((b"a", b" a", b"12", b" 7", b" ", b"3rd", None, None), 6)
+    factors = {"end": 2.0, "timestamps": 3.0, "digits": 5.0, "word_initial": 7.0}
+    assert class_factors(vocabulary, factors).tolist() == [1, 7, 5, 35, 1, 1, 2, 3]
+    assert class_factors(vocabulary, {}).tolist() == [1] * 8
