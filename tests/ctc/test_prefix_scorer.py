@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from shallowfusion import fusion
+from shallowfusion.config import BeamSettings
 from shallowfusion.ctc.prefix_scorer import CTCPrefixScorer, token_labels
 from shallowfusion.ctc.prefix_scores import END, NOTHING, PrefixScores
 from shallowfusion.ctc.prefix_scores_reference import ReferencePrefixScores
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.scorers.base import Context
+from shallowfusion.search.loop import SearchPlan, StageClock, search
+from shallowfusion.values import Unmapped
 from tests import tiny
 from tests.ctc.conftest import random_log_probs
 from tests.ctc.joint import ctc_log_prob, joint_decoder
@@ -95,14 +99,26 @@ def test_a_wide_joint_search_is_exhaustive() -> None:
         assert ended[0].total == pytest.approx(best, abs=1e-3)
 
 
-def test_the_twin_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_twin_finds_the_same() -> None:
     decoder = joint_decoder(seed=3)
     encoded = states(decoder)
-    native = decoder.decode(encoded, n_best=4, ctc_weight=0.4, **FAST)
-    monkeypatch.setattr("shallowfusion.ctc.prefix_scorer.PrefixScores", ReferencePrefixScores)
-    for one, other in zip(native, decoder.decode(encoded, n_best=4, ctc_weight=0.4, **FAST), strict=True):
-        assert [h.token_ids for h in one.n_best] == [h.token_ids for h in other.n_best]
-        assert [h.total for h in one.n_best] == pytest.approx([h.total for h in other.n_best], abs=1e-6)
+    acoustic, head = decoder.acoustic.scorer, decoder.acoustic.ctc_head
+    assert head is not None
+    labels = token_labels(acoustic.vocabulary, head.label_tokens)
+    settings = BeamSettings(beam_size=4, end_ids=(tiny.END,), max_new_tokens=16)
+    plan = SearchPlan(
+        settings, fusion.static(()), (None,), (Unmapped("neutral"),), suppressed=SPECIAL, acoustic_weight=0.6
+    )
+    context = Context([[tiny.START, tiny.NO_TIMESTAMPS]] * UTTERANCES, 4, 16, encoded)
+    found = []
+    for make in (PrefixScores, ReferencePrefixScores):
+        late = CTCPrefixScorer(make(head.log_probs(encoded), blank=head.blank), labels, 0.4)
+        found.append(search([acoustic], [context], ["asr"], plan, StageClock(), [late]))
+    for one, other in zip(*found, strict=True):
+        assert [h.token_ids for h in one.hypotheses] == [h.token_ids for h in other.hypotheses]
+        assert [h.total for h in one.hypotheses] == pytest.approx([h.total for h in other.hypotheses], abs=1e-6)
+    front = decoder.decode(encoded, ctc_weight=0.4, suppress_blank=False, **FAST)
+    assert [r.best.token_ids for r in front] == [r.hypotheses[0].token_ids for r in found[0]]
 
 
 def test_batches_do_not_change_results() -> None:
