@@ -84,7 +84,7 @@ def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> Acousti
     if config.model_type != "whisper":
         raise ModelError(
             f"{name} is a {config.model_type!r} model, wanted a Whisper-type model (model_type 'whisper'); "
-            "a language model goes to lm=..."
+            "a language model goes to lm=..., a CTC model to CTCDecoder.from_pretrained."
         )
     model = _loaded(
         WhisperForConditionalGeneration.from_pretrained,
