@@ -17,7 +17,7 @@ import torch
 from bench.recognition import save
 from bench.rules import BATCH, Set, encoded
 from shallowfusion import FusionDecoder, fusion
-from shallowfusion.ctc.attention_rescoring import AttentionRescorer, RescoringOptions
+from shallowfusion.attention_rescoring import AttentionRescorer, RescoringOptions
 from shallowfusion.ctc.settings import CtcOptions
 from shallowfusion.demo.recordings import an4_recordings
 from shallowfusion.demo.shipped import HERE, model_directory, read_manifest

@@ -26,9 +26,11 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"decoder", "ctc"},
+    {"transcripts", "planning", "ctc"},
+    {"decoder", "attention_rescoring"},
     {"compat"},
     {"evaluation"},
+    {"training"},
     {"demo"},
     {"cli"},
 ]

@@ -29,7 +29,6 @@ from shallowfusion.rescoring import score_continuations, score_texts
 from shallowfusion.results import Transcription
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.ctc_head import CtcHead
-from shallowfusion.search.loop import StageClock
 from shallowfusion.values import Hypothesis, Token
 
 __all__ = ["AttentionRescorer", "RescoringOptions"]
@@ -168,9 +167,8 @@ class AttentionRescorer:
         return self.ctc.decode(log_probs, lengths, self.options, n_best=size)
 
     def _prompts(self, encoder_output: Tensor) -> list[list[int]]:
-        options = DecodingOptions()
-        languages = self.decoder._languages(encoder_output, options, StageClock())
-        return [self.decoder._prefix(language, options) for language in languages]
+        options = DecodingOptions(rule=static([0.0] * len(self.decoder.language_models)))
+        return [list(prompt) for prompt in self.decoder.sources(encoder_output, options).contexts[0].prompts]
 
     @staticmethod
     def _language_scores(model: Any, texts: Sequence[str]) -> list[float]:

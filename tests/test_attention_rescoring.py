@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shallowfusion import FusionDecoder, fusion
-from shallowfusion.ctc.attention_rescoring import AttentionRescorer, RescoringOptions
+from shallowfusion.attention_rescoring import AttentionRescorer, RescoringOptions
 from shallowfusion.ctc.settings import CtcOptions
 from shallowfusion.errors import AudioError, InvalidArgumentError
 from shallowfusion.rescoring import score_continuations, score_texts
