@@ -69,6 +69,21 @@ def test_totals_are_the_weighted_parts(lm: bool) -> None:
             assert hypothesis.total == pytest.approx(wanted + 0.2 * len(hypothesis.token_ids), abs=1e-3)
 
 
+@pytest.mark.parametrize("stop_rule", ["hf", "whisper", "espnet"])
+def test_every_stop_rule_keeps_the_books(stop_rule: Any) -> None:
+    decoder = joint_decoder(seed=5)
+    encoded = states(decoder)
+    options = {**FAST, "no_repeat_ngram_size": 2, "stop_rule": stop_rule}
+    seen = 0
+    for utterance, result in enumerate(decoder.decode(encoded, n_best=2, ctc_weight=0.3, **options)):
+        for hypothesis in result.n_best:
+            if hypothesis.tokens[-1].id == tiny.END:
+                wanted = ctc_log_prob(decoder, encoded[utterance : utterance + 1], list(hypothesis.token_ids))
+                assert hypothesis.parts["ctc"] == pytest.approx(wanted, abs=1e-4)
+                seen += 1
+    assert seen >= UTTERANCES
+
+
 def test_weight_zero_changes_no_bit() -> None:
     with_head = joint_decoder(lm=True)
     without = joint_decoder(lm=True)

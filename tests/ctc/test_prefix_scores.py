@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shallowfusion import _native
 from shallowfusion.ctc.prefix_scores import END, NOTHING, PrefixScores
 from shallowfusion.ctc.prefix_scores_reference import ReferencePrefixScores
 from shallowfusion.errors import InvalidArgumentError
@@ -266,6 +267,43 @@ def test_the_binding_survives_random_arguments() -> None:
         except InvalidArgumentError:
             pass
     assert done > 3
+
+
+def test_the_core_checks_its_own_border() -> None:
+    fine = {
+        "log_probs": random_log_probs(0, (2, 6, 4)),
+        "counts": np.array([6, 3]),
+        "blank": 0,
+        "cut": 0.0,
+        "threads": 2,
+    }
+    changes = [
+        {"log_probs": np.zeros((2, 6), dtype=np.float32)},
+        {"log_probs": np.zeros((2, 6, 0), dtype=np.float32)},
+        {"log_probs": np.full((2, 6, 4), np.nan, dtype=np.float32)},
+        {"log_probs": np.full((2, 6, 4), np.inf, dtype=np.float32)},
+        {"counts": np.array([6])},
+        {"counts": np.array([[6, 3]])},
+        {"counts": np.array([7, 3])},
+        {"counts": np.array([-1, 3])},
+        {"blank": 4},
+        {"blank": -1},
+        {"cut": 1.0},
+        {"cut": -0.1},
+        {"cut": float("nan")},
+    ]
+    for change in changes:
+        with pytest.raises(InvalidArgumentError):
+            _native.CtcPrefixScores(**{**fine, **change})
+    for threads in (-5, 0, 300):
+        scores = _native.CtcPrefixScores(**{**fine, "threads": threads})
+        rows, labels = np.zeros((2, 1), dtype=np.int64), np.ones((2, 1), dtype=np.int64)
+        assert np.isfinite(scores.scores(rows=rows, labels=labels)).all()
+        for bad in (rows[0], rows[:1], np.zeros((2, 2), dtype=np.int64), np.full((2, 1), 2**62)):
+            with pytest.raises(InvalidArgumentError):
+                scores.scores(rows=bad, labels=labels)
+        scores.keep(order=np.zeros(0, dtype=np.int64))
+        assert scores.scores(rows=rows[:0], labels=labels[:0]).shape == (0, 1)
 
 
 def test_threads_may_share_one_object() -> None:
