@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
+from shallowfusion.ctc.prefix_scorer import joint_scorers
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
@@ -94,7 +95,7 @@ class SearchPlanner:
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
-        late: list[CandidateScorer] = []
+        late: list[CandidateScorer] = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
         names = self.names_under(plan.rule)
         return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late))
 
@@ -140,6 +141,7 @@ class SearchPlanner:
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
+            acoustic_weight=1.0 - options.ctc_weight,
             length_bonus=options.length_bonus,
             class_sources=class_sources(
                 class_factors(acoustic.vocabulary, dict(rule.class_factors)),
