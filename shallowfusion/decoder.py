@@ -31,6 +31,7 @@ from shallowfusion.scorers.loading import (
 )
 from shallowfusion.scorers.mixture import MixtureScorer
 from shallowfusion.search.beam_state import FinishedHypothesis
+from shallowfusion.search.late import late_sources
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Hypothesis, Token, Unmapped
@@ -48,12 +49,10 @@ class FusionDecoder:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer; one weight of the rule belongs to each.
+        language_models: on the acoustic model's tokenizer, or of any under fusion.delayed; one weight of the rule
+            belongs to each.
         internal_context: float [frames, size], trained to stand for "no recording", for
             fusion.internal_lm(variant="trained").
-
-    Raises:
-        VocabularyError: a language model's tokens differ from the acoustic model's.
     """
 
     def __init__(
@@ -65,8 +64,6 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
-        for model in self.language_models:
-            token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
     @classmethod
     def from_pretrained(
@@ -80,14 +77,14 @@ class FusionDecoder:
 
         Args:
             asr: a Whisper-type model.
-            lm: a causal language model on the same tokenizer, an n-gram model of its pieces (a file NAME.arpa or
+            lm: a causal language model (on another tokenizer: see fusion.delayed), an n-gram model of its pieces (a file NAME.arpa or
                 NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
 
         Raises:
             ModelError: a model cannot be loaded.
-            VocabularyError: the tokenizers differ.
+            VocabularyError: an n-gram model of something else than the acoustic model's pieces.
         """
         where = choose_device(device)
         number = choose_dtype(dtype, where)
@@ -108,6 +105,9 @@ class FusionDecoder:
         return (*own, "ilm") if rule.ilm_weight else own
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
+        """What the fused step hears beside the acoustic model."""
+        if rule.delay is not None:
+            return ()
         if not rule.lm_mixture:
             return self.language_models
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
@@ -126,6 +126,7 @@ class FusionDecoder:
 
         Raises:
             InvalidArgumentError: bad options, or no recordings.
+            VocabularyError: a language model's tokenizer is another, and the rule is not delayed.
         """
         options = self._options(options, names)
         items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
@@ -152,7 +153,7 @@ class FusionDecoder:
         output = self._encoder_output(inputs, clock)
         searched = self._search(output, options, clock)
         seconds = float(self.acoustic.features.chunk_seconds)
-        timing = Timing(dict(clock.seconds), seconds * len(output))
+        timing = Timing(dict(clock.seconds), seconds * len(output), dict(clock.counts))
         return [
             Transcription(f"array {i}", hypotheses, language, seconds, rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
@@ -165,7 +166,9 @@ class FusionDecoder:
         )
         require(options is None or not names, "give either options or option names as keywords, got both.")
         chosen = DecodingOptions.of(**names) if options is None else options
-        chosen.resolved_rule(len(self.language_models))
+        rule = chosen.resolved_rule(len(self.language_models))
+        for model in self.language_models[0 if rule.delay is None else 1 :]:
+            token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
         return chosen
 
     def _batch(self, items: Sequence[Any], first: int, options: DecodingOptions) -> list[Transcription]:
@@ -185,7 +188,7 @@ class FusionDecoder:
                 features = log_mel(samples, self.acoustic.features)
             searched = self._search(self._encoder_output(features, clock), options, clock)
             rate = self.acoustic.features.sampling_rate
-            timing = Timing(dict(clock.seconds), sum(len(s) for s in samples) / rate)
+            timing = Timing(dict(clock.seconds), sum(len(s) for s in samples) / rate, dict(clock.counts))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
                 results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
@@ -222,9 +225,10 @@ class FusionDecoder:
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         languages = self._languages(encoder_output, options, clock)
         prefixes = [self._prefix(language, options) for language in languages]
+        rule = options.resolved_rule(len(self.language_models))
         plan = self._plan(options, max(len(prefix) for prefix in prefixes))
         width, longest = options.beam_size, plan.settings.max_new_tokens
-        models = self._models_under(plan.rule)
+        models = self._models_under(rule)
         scorers: list[Scorer] = [self.acoustic.scorer, *models]
         heard = Context(prefixes, width, longest, encoder_output)
         contexts = [heard]
@@ -232,11 +236,23 @@ class FusionDecoder:
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
-        names = self.names_under(plan.rule)
-        outcomes = search(scorers, contexts, names, plan, clock)
+        names = self.names_under(rule)
+        late = late_sources(
+            rule,
+            self.language_models,
+            names[1:],
+            self.acoustic.scorer.vocabulary,
+            Context(prefixes, width, longest),
+            options.end_policy or rule.end_policy or DEFAULT_END_POLICY,
+            clock,
+            options.lm_temperature,
+        )
+        outcomes = search(scorers, contexts, (*names[:1], *names[1 + len(late.sources) :]), plan, clock, late.sources)
+        outcomes = late.finished(outcomes, clock)
+        names = names if not rule.ilm_weight or not late.sources else (names[0], names[-1], *names[1:-1])
         with clock("text"):
             return [
-                (self._hypotheses(outcome, names, options.n_best), language, plan.rule)
+                (self._hypotheses(outcome, names, options.n_best), language, rule)
                 for outcome, language in zip(outcomes, languages, strict=True)
             ]
 
@@ -271,7 +287,7 @@ class FusionDecoder:
         require(room >= 1, f"the prompt takes all {acoustic.window} positions of the model; shorten initial_prompt.")
         return SearchPlan(
             settings=options.beam_settings(tokens.end, room),
-            rule=rule,
+            rule=rule.at_once(),
             maps=(None, *maps),
             unmapped=tuple(unmapped),
             normalize=rule.normalize(policy) if self.language_models or rule.ilm_weight else "none",
