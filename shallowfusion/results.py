@@ -128,7 +128,9 @@ class Transcription:
             "flags": list(self.flags),
             "rule": repr(self.rule),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
-            "timing": None if self.timing is None else {**self.timing.stages, **self.timing.counts, "rtfx": self.timing.rtfx},
+            "timing": None
+            if self.timing is None
+            else {**self.timing.stages, **self.timing.counts, "rtfx": self.timing.rtfx},
         }
 
 

@@ -99,7 +99,7 @@ def test_texts_beyond_the_window_move_it_as_a_search_does() -> None:
 
 def test_texts_of_a_search_score_as_they_did_in_it() -> None:
     fused = decoder()
-    result = fused.transcribe([clip(2)], beam_size=3, n_best=3, lm_weight=0.3)[0]
+    result = fused.transcribe([clip(2)], beam_size=3, n_best=3, lm_weight=0.3, end_policy="lm")[0]
     found = score_texts(fused.language_models[0], [hypothesis.text for hypothesis in result.n_best])
     for own, hypothesis in zip(found, result.n_best, strict=True):
         assert own.sum() == pytest.approx(hypothesis.parts["lm"], abs=1e-2)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from shallowfusion.config import require
-from shallowfusion.fusion.delays import Delay, ProxyForm, ScoreSpan, SpellingUnit, Trigger
+from shallowfusion.fusion.delays import Delay, ProxyForm, ScoreSpan, SpellingUnit, Tail, Trigger
 from shallowfusion.fusion.gates import (
     AgreementGate,
     ConfidenceGate,
@@ -17,6 +18,7 @@ from shallowfusion.fusion.gates import (
     InverseEntropyGate,
     MarginGate,
 )
+from shallowfusion.fusion.learned_gate import LearnedGate
 from shallowfusion.fusion.mixtures import Mixture
 from shallowfusion.fusion.rules import EndPolicy, IlmVariant, Rule, as_weights
 
@@ -32,6 +34,7 @@ __all__ = [
     "internal_lm",
     "inverse_entropy_gate",
     "late_fusion",
+    "learned",
     "margin_gate",
     "mixture",
     "piecewise",
@@ -178,6 +181,7 @@ def delayed(
     proxy_weight: float | None = None,
     proxy_form: ProxyForm = "replace",
     unit: SpellingUnit = "auto",
+    tail: Tail = "mean",
     lower: bool = False,
 ) -> Rule:
     """asr + weight * lm of the words so far, asked only of what survived, on any tokenizer (2501.09258; METHODS 4).
@@ -190,5 +194,16 @@ def delayed(
         proxy_weight: of a second language model, on the acoustic tokens, that scores every step; None = there is none.
     """
     weights = (weight,) if proxy_weight is None else (weight, proxy_weight)
-    delay = Delay(trigger, interval, score_span, unit, lower, proxy_form)
+    delay = Delay(trigger, interval, score_span, unit, tail, lower, proxy_form)
     return Rule("delayed", weights, delay=delay)
+
+
+def learned(path: str | Path, form: Form = "local") -> Rule:
+    """A gate trained by `shallowfusion train-gate`: weight of each LM in each row by a small network (METHODS 11.3).
+
+    Args:
+        path: directory of the gate; it is refused by other models than it was trained for.
+    """
+    gate = LearnedGate.load(path)
+    weights = (gate.settings.largest_weight,) * gate.settings.num_models
+    return Rule("learned", weights, gate=gate, form=form)

@@ -7,16 +7,18 @@ from typing import Literal
 
 from shallowfusion.config import require
 
-__all__ = ["Delay", "ProxyForm", "ScoreSpan", "SpellingUnit", "Trigger"]
+__all__ = ["Delay", "ProxyForm", "ScoreSpan", "SpellingUnit", "Tail", "Trigger"]
 
 Trigger = Literal["shortest", "interval", "hybrid"]
 ScoreSpan = Literal["all", "common"]
 SpellingUnit = Literal["auto", "tokens", "words", "characters"]
+Tail = Literal["mean", "free"]
 ProxyForm = Literal["replace", "add"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "trigger": ("shortest", "interval", "hybrid"),
     "score_span": ("all", "common"),
     "unit": ("auto", "tokens", "words", "characters"),
+    "tail": ("mean", "free"),
     "proxy_form": ("replace", "add"),
 }
 
@@ -33,6 +35,9 @@ class Delay:
         score_span: "all": every complete unit of every hypothesis. "common": as many units of each as all have.
         unit: "tokens" of the acoustic model, for a language model on the same; "words", or single characters in
             scripts without spaces; "characters". "auto" is "tokens" where the tokenizers agree, else "words".
+        tail: what the text that was not scored yet costs meanwhile. "mean": what a byte of the utterance's scored text
+            cost on the average, so that a hypothesis gains nothing by putting off the end of a word; "free": nothing,
+            as published.
         lower: the language model reads the text lower-cased.
         proxy_form: of a second language model that scores at once: "replace" takes its scores back where the delayed
             model has spoken, "add" keeps them.
@@ -42,6 +47,7 @@ class Delay:
     interval: int | None = 8
     score_span: ScoreSpan = "all"
     unit: SpellingUnit = "auto"
+    tail: Tail = "mean"
     lower: bool = False
     proxy_form: ProxyForm = "replace"
 

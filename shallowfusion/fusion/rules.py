@@ -119,8 +119,7 @@ class Rule:
     @property
     def fuses(self) -> bool:
         """Whether any language model has a say."""
-        late = self.delay is not None and not self.lm_weights  # see `at_once`
-        return any(self.lm_weights) or self.ilm_weight > 0 or late
+        return any(self.lm_weights) or self.ilm_weight > 0
 
     @property
     def is_linear(self) -> bool:
@@ -132,10 +131,6 @@ class Rule:
         if policy == "end_factored":
             return "end_factored"
         return "local" if self.gate is not None and self.form == "local" else "none"
-
-    def at_once(self) -> Rule:
-        """What is left of the rule for the fused step: a delayed one's language models are asked elsewhere."""
-        return self if self.delay is None else replace(self, lm_weights=(), delay=self.delay if self.fuses else None)
 
     def weights_at(self, step: int) -> tuple[float, ...]:
         """Weight of each language model at step t, counted from 0, before any gate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from shallowfusion.checks import integer
 from shallowfusion.config import require
 
-__all__ = ["Patterns", "patterns"]
+__all__ = ["Patterns", "patterns", "spread"]
 
 LARGEST_TOKEN = int(np.iinfo(np.int32).max)
 
@@ -92,3 +93,12 @@ def patterns(
         np.array(owners, dtype=np.int64),
         tuple(phrases),
     )
+
+
+def spread(found: Patterns) -> Patterns:
+    """The same patterns with the weight of a phrase spread over its tokens: a complete match is worth the weight once.
+
+    Then a weight means the same whether a tokenizer spells the phrase in one token or in ten.
+    """
+    lengths = np.diff(found.offsets)
+    return dataclasses.replace(found, credits=found.credits / np.repeat(lengths, lengths))

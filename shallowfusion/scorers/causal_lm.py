@@ -53,7 +53,7 @@ class CausalLMScorer(CachedScorer):
 
     @torch.inference_mode()
     def read(self, cache: Any, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
-        """One pass over [utterances, queries] tokens at any slots of a cache of slot layers; [utterances, queries, size]."""
+        """One pass over [utterances, queries] tokens at any slots of a cache of slot layers -> [.., .., size]."""
         for layer in cache.layers:
             layer.plan = plan
         return self._hidden(cache, token_ids, positions, plan)

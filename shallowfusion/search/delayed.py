@@ -29,19 +29,21 @@ class Scored:
     Args:
         said: its transcript so far.
         node: the text the model has scored, held; its `total` is what the model says of the hypothesis.
-        units: how many units of the transcript that is.
+        units: how many units of the transcript that is, and `reach`, how many bytes.
     """
 
     said: Said
     node: TextNode
     units: int = 0
+    reach: int = 0
 
 
 class DelayedTexts:
     """When which texts are scored: the part of delayed fusion that knows no search.
 
     A hypothesis's score is log P(tokens of its first units), the text of those units tokenised as a whole, so two
-    hypotheses that say the same score the same, and taking tokens back needs no care.
+    hypotheses that say the same score the same, and taking tokens back needs no care. To that comes, with tail="mean",
+    an estimate for the bytes behind the units: what a byte of the utterance's scored texts cost on the average.
 
     Args:
         trees: fresh, of the batch.
@@ -54,10 +56,15 @@ class DelayedTexts:
         num_utterances = self.num_utterances = trees.num_utterances
         self._waited = [0] * num_utterances  # steps since the last time
         self._fewest = [0] * num_utterances  # complete units of the shortest hypothesis, the last time
+        self.rates = [0.0] * num_utterances  # nats per byte of text that is not scored yet
 
     def fresh(self, place: int) -> Scored:
         """A hypothesis that has said nothing; held."""
         return Scored(Said((), b""), self.trees.grow(place, ()))
+
+    def total(self, place: int, each: Scored) -> float:
+        """What the model says of a hypothesis, in nats, with the estimate for what it was not asked."""
+        return each.node.total + self.rates[place] * (len(each.said.text) - each.reach)
 
     def advance(
         self, live: Sequence[Sequence[Scored | None]], steps: int = 1, places: Sequence[int] | None = None
@@ -74,13 +81,15 @@ class DelayedTexts:
         """
         found: list[list[Scored | None]] = []
         requests: list[Request] = []
-        for place, own in zip(range(self.num_utterances) if places is None else places, live, strict=True):
+        places = range(self.num_utterances) if places is None else places
+        for place, own in zip(places, live, strict=True):
             self._waited[place] += steps
             renewed = self._due(place, own)
             found.append(list(own) if renewed is None else renewed)
             requests += [Request(place, each.node) for each in renewed or () if each is not None]
         if requests:
             self.trees.score(requests)
+            self._learn_rates(requests, found, places)
         return found
 
     def _due(self, place: int, own: Sequence[Scored | None]) -> list[Scored | None] | None:
@@ -107,7 +116,16 @@ class DelayedTexts:
             return each
         node = self.trees.grow(place, self.spelling.ids(each.said, units))
         self.trees.drop(place, each.node)
-        return Scored(each.said, node, units)
+        return Scored(each.said, node, units, self.spelling.reach(each.said, units))
+
+    def _learn_rates(
+        self, requests: Sequence[Request], found: Sequence[Sequence[Scored | None]], places: Sequence[int]
+    ) -> None:
+        asked = {request.place for request in requests}
+        for place, own in zip(places, found, strict=True):
+            reach = sum(each.reach for each in own if each is not None)
+            if place in asked and reach > 0 and self.delay.tail == "mean":
+                self.rates[place] = sum(each.node.total for each in own if each is not None) / reach
 
 
 class DelayedLM:
@@ -144,19 +162,22 @@ class DelayedLM:
         self.texts = texts
         self._pieces, self._end_id, self._end_policy = pieces, end_id, end_policy
         self._clock = clock
+        self._lengths = np.array([len(piece or b"") for piece in pieces], dtype=np.int64)
         self._places = list(range(texts.num_utterances))  # of the rows in the batch as it was
         self.rows: list[list[Scored | None]] = [[texts.fresh(place)] for place in self._places]
         self._ending: list[tuple[int, TextNode]] = []  # held, so that what they have in common is not read again
         self.owed: FloatArray = np.zeros((len(self.rows), 1))
 
     def increments(self, lanes: IntArray, tokens: IntArray) -> FloatArray:
-        """What is owed of each candidate's parent."""
+        """What is owed of each candidate's parent, and the estimate for its own token."""
         ending = (lanes >= 0) & (tokens == self._end_id)
         for place, candidate in np.argwhere(ending).tolist():
             row = self.rows[place][lanes[place, candidate]]
             if row is not None:
                 self._ending.append((self._places[place], self.texts.trees.hold(row.node)))
-        return np.take_along_axis(self.owed, np.maximum(lanes, 0), axis=1)
+        rates = np.array([self.texts.rates[place] for place in self._places])
+        own = np.where(ending, 0.0, rates[:, None] * self._lengths[np.maximum(tokens, 0)])
+        return np.take_along_axis(self.owed, np.maximum(lanes, 0), axis=1) + own
 
     def follow(self, parents: IntArray, tokens: IntArray) -> None:
         """Row k of utterance u continues its old row parents[u, k] with tokens[u, k]; the end token = a dead row."""
@@ -209,17 +230,23 @@ class DelayedLM:
 
     def covered(self) -> list[list[int]]:
         """Per live row how many of its acoustic tokens the model has scored."""
-        spelling = self.texts.spelling
-        return [[0 if each is None else spelling.covered(each.said, each.units) for each in own] for own in self.rows]
+        return [[0 if each is None else self._covered(each) for each in own] for own in self.rows]
+
+    def _covered(self, each: Scored) -> int:
+        ends = np.cumsum(self._lengths[list(each.said.tokens)])
+        return int(np.searchsorted(ends, each.reach, side="right"))
 
     def _continued(self, parent: Scored | None, token: int) -> Scored | None:
         if parent is None or token == self._end_id:
             return None
         said = parent.said.and_then(token, self._pieces[token])
-        return Scored(said, self.texts.trees.hold(parent.node), parent.units)
+        return Scored(said, self.texts.trees.hold(parent.node), parent.units, parent.reach)
 
     def _totals(self) -> FloatArray:
-        totals = [[0.0 if each is None else each.node.total for each in own] for own in self.rows]
+        totals = [
+            [0.0 if each is None else self.texts.total(place, each) for each in own]
+            for place, own in zip(self._places, self.rows, strict=True)
+        ]
         return np.array(totals, dtype=np.float64).reshape(len(self.rows), -1)
 
     def _timed(self) -> AbstractContextManager[None]:

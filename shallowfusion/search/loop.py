@@ -15,6 +15,7 @@ from shallowfusion.config import BeamSettings
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import Backend
 from shallowfusion.fusion.token_classes import ClassSource
+from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
@@ -40,6 +41,7 @@ class SearchPlan:
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
         class_sources: second looks at sources for tokens whose weight differs.
+        phrases: favoured token sequences; `vocab_size`: of the acoustic model, wanted with phrases.
         no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
     """
 
@@ -55,6 +57,8 @@ class SearchPlan:
     end_threshold: float | None = None
     length_bonus: float = 0.0
     class_sources: tuple[ClassSource, ...] = ()
+    phrases: PhraseAutomatonProtocol | None = None
+    vocab_size: int = 0
     no_repeat_ngram_size: int = 0
     backend: Backend = "auto"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from shallowfusion.fusion.gates import StepView
 from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
+from shallowfusion.search.boosting import PhraseBooster
 from shallowfusion.search.candidates import (
     WIDENING,
     CandidateArrays,
@@ -33,7 +34,11 @@ NOTHING = Unmapped("floor", 0.0)
 
 
 class Rows:
-    """Totals of the live rows and, for rules that look back, what each source said of their tokens."""
+    """Totals of the live rows and, for rules that look back, what each source said of their tokens.
+
+    Args:
+        top_k: candidates per utterance; None = as many as the beam needs.
+    """
 
     def __init__(
         self,
@@ -41,10 +46,12 @@ class Rows:
         num_sources: int,
         prompts: Sequence[Sequence[int]],
         scorers: Sequence[CandidateScorer] = (),
+        top_k: int | None = None,
     ) -> None:
         num_utterances = len(prompts)
         self.plan = plan
         self.scorers = scorers
+        self.top_k = plan.settings.num_candidates * (WIDENING if scorers else 1) if top_k is None else top_k
         self.num_sources = num_sources
         self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
         self.sums = np.zeros((num_utterances, 1, num_sources + len(scorers)), dtype=np.float64)
@@ -52,6 +59,9 @@ class Rows:
         self._vocab_sizes: list[int] = []
         self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
         self.guard = RepeatGuard(plan.no_repeat_ngram_size, prompts) if plan.no_repeat_ngram_size else None
+        self.booster = (
+            PhraseBooster(plan.phrases, plan.vocab_size, num_utterances) if plan.phrases is not None else None
+        )
         self._biases: dict[tuple[int, ...], Tensor | None] = {}
 
     def candidates(self, logits: Sequence[Tensor], step: int) -> CandidateArrays:
@@ -66,21 +76,25 @@ class Rows:
         maps = [None if given is None else given.to(device) for given in plan.maps]
         view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
         numbers = step_weights(plan.rule, view)
-        sums = torch.from_numpy(totals.reshape(-1))
+        boost = None if self.booster is None else self.booster.bonus(device)
+        sums = torch.from_numpy(totals.reshape(-1)).to(device)
+        for shift in (numbers.shift, None if boost is None else boost.refunds):
+            sums = sums if shift is None else sums + shift
         looks = plan.class_sources
         weights = [numbers.weights, *(look.factor * numbers.weights[:, look.source, None] for look in looks)]
         found = fused_step(
             [*logits, *(logits[look.source] for look in looks)],
             torch.cat(weights, dim=1) if looks else numbers.weights,
-            sums if numbers.shift is None else sums + numbers.shift.to(sums.device),
+            sums,
             beam_size=totals.shape[1],
-            top_k=plan.settings.num_candidates * (WIDENING if self.scorers else 1),
+            top_k=self.top_k,
             end_id=plan.end_id,
             temperatures=[*temperatures, *(temperatures[look.source] for look in looks)],
             maps=[*maps, *(look.map.to(device) for look in looks)],
             unmapped=[*plan.unmapped, *[NOTHING] * len(looks)],
             token_bias=self._bias(step, vocab, device),
             allowed=self._allowed(view),
+            bonus=None if boost is None else boost.sparse,
             length_bonus=plan.length_bonus,
             combine="log_linear" if plan.rule.mixture is None else "mixture",
             normalize=plan.normalize,
@@ -123,8 +137,8 @@ class Rows:
             if owed is not None and scorer.weight:
                 self.totals = (self.totals + scorer.weight * owed).astype(np.float32)
 
-    def _followers(self) -> list[CandidateScorer | RepeatGuard]:
-        return [*self.scorers, *([] if self.guard is None else [self.guard])]
+    def _followers(self) -> list[CandidateScorer | RepeatGuard | PhraseBooster]:
+        return [*self.scorers, *(own for own in (self.guard, self.booster) if own is not None)]
 
     def _sums(self, device: torch.device) -> Tensor | None:
         if not self._keeps_sums:
@@ -151,9 +165,9 @@ class Rows:
         if step < plan.min_new_tokens:
             forbidden += plan.settings.end_ids
         if forbidden not in self._biases:
-            bias = torch.zeros(vocab)
+            bias = torch.zeros(vocab) if self.booster is None else self.booster.first.clone()
             bias[list(forbidden)] = float("-inf")
-            self._biases[forbidden] = bias.to(device) if forbidden else None
+            self._biases[forbidden] = bias.to(device) if forbidden or self.booster is not None else None
         return self._biases[forbidden]
 
     def _allowed(self, view: StepView) -> Tensor | None:

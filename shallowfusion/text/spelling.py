@@ -9,14 +9,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 from shallowfusion.errors import VocabularyError
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["Retokenised", "Said", "SharedTokens", "Spelling"]
+__all__ = ["Retokenised", "Said", "SharedTokens", "Spelling", "Unit"]
 
 Unit = Literal["words", "characters"]
 Ids = tuple[int, ...]
 
 MOST_REMEMBERED = 8192  # spellings
 # Scripts written without spaces: Thai, Lao, Myanmar, Khmer, kana, Han and their full-width forms and marks.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff"
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f"
+    "\U00020000-\U0003ffff"
+)
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+(?=[\s{UNSPACED}])")
 CHARACTER = re.compile(r"(?s).")
 
@@ -46,8 +49,8 @@ class Spelling(Protocol):
         """The transcript as if it ended here."""
         ...
 
-    def covered(self, said: Said, units: int) -> int:
-        """How many of the acoustic tokens lie within the first units."""
+    def reach(self, said: Said, units: int) -> int:
+        """How many bytes of the transcript the first units take."""
         ...
 
 
@@ -56,10 +59,12 @@ class SharedTokens:
 
     Args:
         mapping: the model's id of each acoustic token; -1 = none, and then the model does not read it.
+        pieces: bytes of each acoustic token.
     """
 
-    def __init__(self, mapping: Sequence[int]) -> None:
+    def __init__(self, mapping: Sequence[int], pieces: Sequence[bytes | None]) -> None:
         self._mapping = tuple(mapping)
+        self._lengths = [len(piece or b"") for piece in pieces]
 
     def complete(self, said: Said) -> int:
         return len(said.tokens)
@@ -71,8 +76,8 @@ class SharedTokens:
     def whole(self, said: Said) -> Ids:
         return self.ids(said, len(said.tokens))
 
-    def covered(self, said: Said, units: int) -> int:
-        return units
+    def reach(self, said: Said, units: int) -> int:
+        return sum(self._lengths[token] for token in said.tokens[:units])
 
 
 class Retokenised:
@@ -90,7 +95,6 @@ class Retokenised:
     Args:
         tokenizer: of transformers.
         vocabulary: the model's.
-        pieces: bytes of each acoustic token.
         unit: see above.
         lower: lower-case the text first; language models read upper-case transcripts badly.
         prefix: put before every text that is not empty; None = a space, unless the tokenizer puts one itself.
@@ -104,7 +108,6 @@ class Retokenised:
         self,
         tokenizer: Any,
         vocabulary: Vocabulary,
-        pieces: Sequence[bytes | None] = (),
         unit: Unit = "words",
         lower: bool = False,
         prefix: str | None = None,
@@ -118,7 +121,6 @@ class Retokenised:
         self._tokenizer = tokenizer
         self._pattern = WORD if unit == "words" else CHARACTER
         self._normalise = normalise or (str.lower if lower else str)
-        self._lengths = [len(piece or b"") for piece in pieces]
         self._known: dict[str, Ids] = {}
         self.prefix = self._own_prefix(vocabulary) if prefix is None else prefix
 
@@ -132,15 +134,9 @@ class Retokenised:
     def whole(self, said: Said) -> Ids:
         return self._spelled(_decoded(said.text).rstrip())
 
-    def covered(self, said: Said, units: int) -> int:
+    def reach(self, said: Said, units: int) -> int:
         text = _decoded(said.text)
-        end = len(text[: self._end(text, units)].encode())
-        position = 0
-        for count, token in enumerate(said.tokens):
-            position += self._lengths[token]
-            if position > end:
-                return count
-        return len(said.tokens)
+        return len(text[: self._end(text, units)].encode())
 
     def _end(self, text: str, units: int) -> int:
         end = 0
