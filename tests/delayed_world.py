@@ -16,7 +16,7 @@ from shallowfusion.scorers.loading import AcousticModel
 from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 from tests.tiny import ACOUSTIC_VOCAB, END, TEXT_TOKENS, piece, tiny_whisper
 
-OPTIONS = {"suppress_blank": False, "suppress_tokens": None, "end_threshold": None, "max_new_tokens": 12}
+OPTIONS = {"suppress_blank": False, "suppress_tokens": [41, 42, 43], "end_threshold": None, "max_new_tokens": 12}
 
 
 @cache
