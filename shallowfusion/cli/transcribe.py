@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured
+from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured, load_decoder
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
@@ -38,9 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     apply_configuration(arguments)
     require(arguments.asr is not None, "give a Whisper-type model with --asr, or a decoder file with --config.")
     options = options_from(arguments)
-    from shallowfusion.decoder import FusionDecoder
 
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     options = configured(arguments, decoder, options)
     failed = 0
     batches = range(0, len(arguments.recordings), options.batch_size)
@@ -158,6 +157,9 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
     )
     add_configuration(parser)
+    parser.add_argument(
+        "--internal-context", default=None, metavar="FILE", help="of train-ilm, for internal_lm(..., variant='trained')"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
 
