@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,10 @@ from shallowfusion.audio.reading import read_audio
 from shallowfusion.config import require
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
-from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
-from shallowfusion.fusion.token_classes import class_sources
+from shallowfusion.fusion.rules import Rule
 from shallowfusion.options import DecodingOptions
-from shallowfusion.phrases.automaton import PhraseAutomaton
-from shallowfusion.phrases.patterns import patterns, spread
-from shallowfusion.results import Timing, Transcription, compression_ratio
-from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.internal_lm import InternalLMScorer
+from shallowfusion.planning import SearchPlanner
+from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.loading import (
     AcousticModel,
     LanguageModel,
@@ -31,18 +26,14 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
-from shallowfusion.scorers.mixture import MixtureScorer
-from shallowfusion.search.beam_state import FinishedHypothesis
-from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock, search
-from shallowfusion.text.vocabulary import class_factors, text_map, token_map
-from shallowfusion.values import Hypothesis, Token, Unmapped
+from shallowfusion.search.loop import StageClock, search
+from shallowfusion.search.sources import Sources
+from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
+from shallowfusion.values import Hypothesis
 
 __all__ = ["FusionDecoder"]
 
 logger = logging.getLogger(__name__)
-
-LOOP_COMPRESSION_RATIO = 2.4  # openai-whisper's threshold
-TRUNCATION_LOG_PROB = math.log(0.1)
 
 
 class FusionDecoder:
@@ -66,10 +57,7 @@ class FusionDecoder:
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
-        self.internal_context = internal_context
-        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
-        for model in self.language_models:
-            token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
+        self._planner = SearchPlanner(acoustic, self.language_models, internal_context)
 
     @classmethod
     def from_pretrained(
@@ -100,20 +88,18 @@ class FusionDecoder:
         return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
 
     @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the acoustic model and each language model: which weights and vocabulary they have, see `fingerprint`."""
+        return self._planner.fingerprints
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the parts: "asr", then "lm", or "lm0", "lm1", ... for several."""
-        count = len(self.language_models)
-        return ("asr", "lm") if count == 1 else ("asr", *(f"lm{i}" for i in range(count)))
+        return self._planner.source_names
 
     def names_under(self, rule: Rule) -> tuple[str, ...]:
         """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
-        own = ("asr", "lm") if rule.lm_mixture else self.source_names
-        return (*own, "ilm") if rule.ilm_weight else own
-
-    def _models_under(self, rule: Rule) -> Sequence[Any]:
-        if not rule.lm_mixture:
-            return self.language_models
-        return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
+        return self._planner.names_under(rule)
 
     def transcribe(self, recordings: Any, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
         """Transcribe recordings of up to the model's window (30 s for Whisper).
@@ -186,9 +172,10 @@ class FusionDecoder:
         if samples:
             with clock("features"):
                 features = log_mel(samples, self.acoustic.features)
-            searched = self._search(self._encoder_output(features, clock), options, clock)
             rate = self.acoustic.features.sampling_rate
-            timing = Timing(dict(clock.seconds), sum(len(s) for s in samples) / rate)
+            seconds = [len(own) / rate for own in samples]
+            searched = self._search(self._encoder_output(features, clock), options, clock, seconds)
+            timing = Timing(dict(clock.seconds), sum(seconds))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
                 results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
@@ -220,174 +207,35 @@ class FusionDecoder:
                 return self.acoustic.scorer.encode(inputs)
         return inputs.to(self.acoustic.scorer.device, model.dtype)
 
+    def encode(self, recordings: Sequence[Any]) -> Tensor:
+        """Encoder output [recordings, frames, size], which `decode` takes any number of times.
+
+        Raises:
+            AudioError: a recording cannot be read, or is longer than the model's window.
+        """
+        require(len(recordings) > 0, "recordings must hold at least one recording, got an empty list.")
+        samples = [self._samples(item, str(item) if isinstance(item, (str, Path)) else "array") for item in recordings]
+        return self._encoder_output(log_mel(samples, self.acoustic.features), StageClock())
+
+    def sources(self, encoder_output: Tensor, options: DecodingOptions) -> Sources:
+        """What a search of these utterances would run: scorers with their contexts, and the plan."""
+        return self._planner.sources(encoder_output, options, StageClock())
+
     def _search(
-        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock
+        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
-        languages = self._languages(encoder_output, options, clock)
-        prefixes = [self._prefix(language, options) for language in languages]
-        plan = self._plan(options, max(len(prefix) for prefix in prefixes))
-        width, longest = options.beam_size, plan.settings.max_new_tokens
-        models = self._models_under(plan.rule)
-        scorers: list[Scorer] = [self.acoustic.scorer, *models]
-        heard = Context(prefixes, width, longest, encoder_output)
-        contexts = [heard]
-        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in models]
-        if plan.rule.ilm_weight:
-            scorers.append(self._internal_lm(plan.rule.ilm_variant))
-            contexts.append(heard)
-        names = self.names_under(plan.rule)
-        outcomes = search(scorers, contexts, names, plan, clock)
+        own = self._planner.sources(encoder_output, options, clock, seconds)
+        outcomes = search(own.scorers, own.contexts, own.names, own.plan, clock, own.late)
         with clock("text"):
-            return [
-                (self._hypotheses(outcome, names, options.n_best), language, plan.rule)
-                for outcome, language in zip(outcomes, languages, strict=True)
-            ]
-
-    def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
-        if variant == "trained":
-            require(
-                self.internal_context is not None,
-                'internal_lm(variant="trained") needs a trained context; give internal_context=... to the decoder.',
-            )
-            return InternalLMScorer(self.acoustic.scorer, variant, self.internal_context)
-        if variant != "silence":
-            return InternalLMScorer(self.acoustic.scorer, variant)
-        samples = torch.zeros(self.acoustic.features.chunk_samples)
-        silence = self.acoustic.scorer.encode(log_mel([samples], self.acoustic.features))[0]
-        return InternalLMScorer(self.acoustic.scorer, variant, silence)
-
-    def _plan(self, options: DecodingOptions, prefix_length: int) -> SearchPlan:
-        rule = options.resolved_rule(len(self.language_models))
-        policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
-        acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
-        include_end = policy in ("lm", "end_factored")
-        vocabularies = [model.vocabulary for model in self._models_under(rule)]
-        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
-        nothing = Unmapped("floor", 0.0)
-        unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        temperatures = [options.asr_temperature, *[options.lm_temperature] * len(maps)]
-        if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
-            maps.append(text_map(acoustic.vocabulary))
-            unmapped.append(nothing)
-            temperatures.append(1.0)
-        room = acoustic.window - prefix_length
-        require(room >= 1, f"the prompt takes all {acoustic.window} positions of the model; shorten initial_prompt.")
-        return SearchPlan(
-            settings=options.beam_settings(tokens.end, room),
-            rule=rule,
-            maps=(None, *maps),
-            unmapped=tuple(unmapped),
-            normalize=rule.normalize(policy) if self.language_models or rule.ilm_weight else "none",
-            temperatures=tuple(temperatures),
-            suppressed=self._suppressed(options),
-            first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
-            min_new_tokens=options.min_new_tokens,
-            end_threshold=options.end_threshold,
-            length_bonus=options.length_bonus,
-            class_sources=class_sources(
-                class_factors(acoustic.vocabulary, dict(rule.class_factors)),
-                (None, *maps),
-                [len(acoustic.vocabulary), *map(len, vocabularies)],
-                not include_end,
-                tokens.end,
-            ),
-            phrases=self._phrases(options.weighted_hotwords()),
-            vocab_size=len(acoustic.vocabulary),
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-        )
-
-    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
-        """The automaton of the hotwords; the one of the call before if they are the same."""
-        if not hotwords:
-            return None
-        if self._last_phrases is None or self._last_phrases[0] != hotwords:
-            encode = self.acoustic.tokenizer.encode
-
-            def segment(text: str) -> list[list[int]]:
-                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
-
-            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
-        return self._last_phrases[1]
-
-    def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
-        given = options.suppress_tokens
-        if given in ("-1", -1):
-            return self.acoustic.tokens.suppressed
-        if given is None:
-            return ()
-        require(
-            isinstance(given, Sequence) and not isinstance(given, str),
-            f"suppress_tokens must be token ids, '-1' or None, got {given!r}.",
-        )
-        size = len(self.acoustic.scorer.vocabulary)
-        ids = tuple(int(token) for token in given)  # type: ignore[union-attr]
-        require(all(0 <= i < size for i in ids), f"suppress_tokens must be ids from 0 to {size - 1}, got {ids}.")
-        return ids
-
-    def _languages(self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock) -> list[str]:
-        known = self.acoustic.tokens.languages
-        count = len(encoder_output)
-        if not known:
-            require(
-                options.language in (None, "en", "english") and options.task == "transcribe",
-                f"{self.acoustic.name} is English-only, got language={options.language!r}, task={options.task!r}; "
-                "load a multilingual model.",
-            )
-            return ["en"] * count
-        if options.language is not None:
-            require(
-                options.language in known,
-                f"language must be one of {', '.join(sorted(known))}, got {options.language!r}.",
-            )
-            return [options.language] * count
+            found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]
         with clock("asr"):
-            context = Context([[self.acoustic.tokens.start]] * count, 1, 1, encoder_output)
-            logits = self.acoustic.scorer.start(context).logits
-        codes, ids = list(known), list(known.values())
-        return [codes[best] for best in logits[:, ids].argmax(dim=1).tolist()]
-
-    def _prefix(self, language: str, options: DecodingOptions) -> list[int]:
-        """Previous text, start, language, task and no-timestamps tokens, as Whisper was trained on."""
-        tokens = self.acoustic.tokens
-        prefix = self._previous_text(options)
-        prefix.append(tokens.start)
-        if tokens.is_multilingual:
-            prefix.append(tokens.languages[language])
-            prefix.append(tokens.tasks[options.task])
-        if tokens.no_timestamps is not None:
-            prefix.append(tokens.no_timestamps)
-        return prefix
-
-    def _previous_text(self, options: DecodingOptions) -> list[int]:
-        if not options.initial_prompt or not options.initial_prompt.strip():
-            return []
-        previous = self.acoustic.tokens.previous
-        require(previous is not None, f"{self.acoustic.name} has no start-of-previous token for initial_prompt.")
-        text = " " + options.initial_prompt.strip()
-        ids = self.acoustic.tokenizer.encode(text, add_special_tokens=False)
-        return [int(previous), *ids[-(self.acoustic.scorer.window // 2 - 1) :]]  # type: ignore[arg-type]
-
-    def _hypotheses(self, outcome: SearchOutcome, names: Sequence[str], count: int) -> tuple[Hypothesis, ...]:
-        return tuple(self._hypothesis(found, names, outcome.saw_nan) for found in outcome.hypotheses[:count])
-
-    def _hypothesis(self, found: FinishedHypothesis, names: Sequence[str], saw_nan: bool) -> Hypothesis:
-        tokenizer, end = self.acoustic.tokenizer, self.acoustic.tokens.end
-        ids = list(found.token_ids)
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        texts = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
-        if found.ended:
-            ids, texts = [*ids, end], [*texts, ""]
-        parts = found.parts.astype(float)
-        tokens = tuple(
-            Token(i, t, float(total), dict(zip(names, row.tolist(), strict=True)))
-            for i, t, total, row in zip(ids, texts, found.token_totals, parts, strict=True)
-        )
-        sums = dict(zip(names, parts.sum(axis=0).tolist(), strict=True))
-        flags = {
-            "forced_finish": not found.ended,
-            "truncation": found.ended and parts[-1, 0] < TRUNCATION_LOG_PROB,
-            "repetition": compression_ratio(text) > LOOP_COMPRESSION_RATIO,
-            "nan": saw_nan,
-        }
-        raised = tuple(name for name, is_raised in flags.items() if is_raised)
-        return Hypothesis(text, tuple(found.token_ids), tokens, found.total, found.key, sums, raised)
+            prefixes, window = own.contexts[0].prompts, float(self.acoustic.features.chunk_seconds)
+            sound = [1.0 if seconds is None else seconds[i] / window for i in range(len(found))]
+            found = [
+                ranked_by_listening(listed, self.acoustic, encoder_output[i], prefixes[i], sound[i], options)
+                for i, listed in enumerate(found)
+            ]
+        return [
+            (tuple(listed[: options.n_best]), language, own.plan.rule)
+            for listed, language in zip(found, own.languages, strict=True)
+        ]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from shallowfusion.config import BeamSettings, StopRule, require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.catalogue import piecewise, static
+from shallowfusion.fusion.coverage import COVERAGE_KINDS, CoverageKind
 from shallowfusion.fusion.rules import END_POLICIES, EndPolicy, Rule
 
 __all__ = ["DecodingOptions"]
@@ -40,13 +41,18 @@ class DecodingOptions:
             may.
         hotwords: words and phrases to favour: {"Fallot": 4.0} in nats for saying it once, or texts alone, which get
             `hotword_weight` each; negative weights make a phrase less likely.
+        coverage_weight: the n-best are ranked by score + coverage_weight * how well cross-attention covered the sound;
+            `coverage` is "threshold" (frames looked at), "gnmt" or "excess" (see `fusion.coverage`).
+        min_attention_centre: hypotheses that end while the decoder looks at less than this share of the recording are
+            ranked last and flagged "truncation"; 0.5 is sensible, None switches it off.
         suppress_tokens: ids never generated; "-1" or -1 = the model's own list, None or () = none.
         suppress_blank: the model's list for the first token (blank and end).
         without_timestamps: only True in this release.
         initial_prompt: text the acoustic model sees as previous text.
         language: code of a multilingual model's language, None = detected.
         task: "transcribe" or "translate".
-        asr_temperature, lm_temperature: logits are divided by it before the softmax.
+        asr_temperature, lm_temperature: logits are divided by it before the softmax; `lm_temperature` may hold one
+            number per language model.
         batch_size: utterances decoded together.
 
     Raises:
@@ -70,6 +76,9 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
     hotwords: Mapping[str, float] | Sequence[str] | str | None = None
     hotword_weight: float = 4.0
+    coverage_weight: float = 0.0
+    coverage: CoverageKind = "threshold"
+    min_attention_centre: float | None = None
     suppress_tokens: Sequence[int] | str | int | None = "-1"
     suppress_blank: bool = True
     without_timestamps: bool = True
@@ -77,7 +86,7 @@ class DecodingOptions:
     language: str | None = None
     task: Literal["transcribe", "translate"] = "transcribe"
     asr_temperature: float = 1.0
-    lm_temperature: float = 1.0
+    lm_temperature: float | Sequence[float] = 1.0
     batch_size: int = 8
     num_beams: InitVar[int | None] = None
 
@@ -123,15 +132,18 @@ class DecodingOptions:
             self.without_timestamps is True,
             "without_timestamps=False is not supported yet; it comes with long-form decoding.",
         )
-        for name in ("asr_temperature", "lm_temperature"):
-            value = getattr(self, name)
+        several = not isinstance(self.lm_temperature, (int, float, str)) and bool(self.lm_temperature)
+        own = tuple(self.lm_temperature) if several else (self.lm_temperature,)  # type: ignore[arg-type]
+        for name, value in [("asr_temperature", self.asr_temperature), *(("lm_temperature", value) for value in own)]:
             require(
                 isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
                 f"{name} must be finite and above 0, got {value!r}.",
             )
+        object.__setattr__(self, "lm_temperature", own if several else own[0])
         for name in ("min_new_tokens", "no_repeat_ngram_size"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, f"{name} must be an integer >= 0, got {value!r}.")
+        self._check_coverage()
         self.weighted_hotwords()
         self._check_rule()
         self.beam_settings(end_id=0, room=448)
@@ -144,6 +156,17 @@ class DecodingOptions:
         if unknown:
             raise InvalidArgumentError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         return cls(**names)
+
+    def _check_coverage(self) -> None:
+        require(math.isfinite(self.coverage_weight), f"coverage_weight must be finite, got {self.coverage_weight!r}.")
+        require(
+            self.coverage in COVERAGE_KINDS,
+            f"coverage must be one of {', '.join(COVERAGE_KINDS)}, got {self.coverage!r}.",
+        )
+        require(
+            self.min_attention_centre is None or 0 <= self.min_attention_centre <= 1,
+            f"min_attention_centre must be from 0 to 1 or None, got {self.min_attention_centre!r}.",
+        )
 
     def weighted_hotwords(self) -> dict[str, float]:
         """Phrases and their weights in nats; empty without hotwords."""
@@ -178,6 +201,20 @@ class DecodingOptions:
         weight = default if self.lm_weight is None else self.lm_weight
         rule = piecewise(weight, self.initial_steps) if self.initial_steps else static(weight)
         return rule.for_models(num_models)
+
+    def lm_temperatures(self, num_models: int) -> tuple[float, ...]:
+        """The temperature of each of `num_models` language models.
+
+        Raises:
+            InvalidArgumentError: another number of temperatures than of models.
+        """
+        if not isinstance(self.lm_temperature, Sequence):
+            return (self.lm_temperature,) * num_models
+        require(
+            len(self.lm_temperature) == num_models,
+            f"lm_temperature holds {len(self.lm_temperature)} numbers, but {num_models} language model(s) are loaded.",
+        )
+        return tuple(self.lm_temperature)
 
     def beam_settings(self, end_id: int, room: int) -> BeamSettings:
         """Search settings for a model that ends with `end_id` and has room for `room` new tokens."""

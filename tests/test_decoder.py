@@ -203,7 +203,7 @@ def test_multilingual_models_get_language_and_task_tokens_and_detect_the_languag
     tokens = model.acoustic.tokens
     object.__setattr__(tokens, "languages", {"en": 30, "de": 31, "fr": 32})
     object.__setattr__(tokens, "tasks", {"transcribe": 33, "translate": 34})
-    assert model._prefix("de", DecodingOptions(task="translate")) == [tiny.START, 31, 34, tiny.NO_TIMESTAMPS]
+    assert model._planner._prefix("de", DecodingOptions(task="translate")) == [tiny.START, 31, 34, tiny.NO_TIMESTAMPS]
     states = tiny.random_encoder_output(model.acoustic, 5)
     found = model.decode(states, max_new_tokens=3)
     with torch.inference_mode():

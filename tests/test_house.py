@@ -26,9 +26,11 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
+    {"transcripts", "planning"},
     {"decoder", "ctc"},
     {"compat"},
     {"evaluation"},
+    {"training"},
     {"demo"},
     {"cli"},
 ]

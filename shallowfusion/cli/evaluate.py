@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shallowfusion.cli.configuration import apply_configuration, configured
 from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from, progress
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from shallowfusion.evaluation.scoring import evaluate
     from shallowfusion.evaluation.terms import count_terms
 
+    apply_configuration(arguments)
     _check(arguments)
     try:
         gathered = _read_texts(arguments) if arguments.hypotheses else _transcribe(arguments)
@@ -115,7 +117,7 @@ def _check(arguments: argparse.Namespace) -> None:
         )
         extra = [
             name
-            for name in ("manifest", "asr", "lm", "dev", "try_weights", "results", "save_nbest")
+            for name in ("manifest", "asr", "lm", "calibration", "dev", "try_weights", "results", "save_nbest")
             if getattr(arguments, name)
         ]
         require(not extra, f"with --hypotheses no model runs, so {', '.join(extra)} cannot be given.")
@@ -252,8 +254,11 @@ class _Systems:
         own, models = self._arguments, [self._arguments.asr]
         if is_fused:
             models += own.lm
+            options = configured(own, self._fused, options)
         else:
             options = dataclasses.replace(options, rule=None, lm_weight=None, initial_steps=0)
+            if own.config is not None:  # what was tuned for the language model is no part of the model alone
+                options = dataclasses.replace(options, length_bonus=0.0, end_threshold=1.5)
         system = fingerprint_of(models, options, {"device": own.device, "dtype": own.dtype})
         decoder = self._fused if is_fused else self._alone
         return transcribe_set(decoder, recordings, options, self._store, system, progress, title)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from shallowfusion import __version__
-from shallowfusion.cli import build_ngram, demo, evaluate, transcribe
+from shallowfusion.cli import build_ngram, calibrate, demo, evaluate, explain, train_gate, transcribe, tune
 from shallowfusion.errors import ShallowFusionError
 
 __all__ = ["main"]
@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     transcribe.add_parser(commands)
     evaluate.add_parser(commands)
+    tune.add_parser(commands)
+    explain.add_parser(commands)
+    calibrate.add_parser(commands)
+    train_gate.add_parser(commands)
     demo.add_parser(commands)
     build_ngram.add_parser(commands)
     chosen = parser.parse_args(arguments)

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured
+from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.fusion import Rule, piecewise, static
+from shallowfusion.fusion import Rule, parse_rule, piecewise, static
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
 
@@ -26,17 +28,20 @@ def add_parser(commands: Any) -> None:
         "models. Exit code 2 if any recording fails; the others are transcribed all the same.",
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
-    add_model_options(parser)
+    add_model_options(parser, is_required=False)
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
     add_decoding_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    apply_configuration(arguments)
+    require(arguments.asr is not None, "give a Whisper-type model with --asr, or a decoder file with --config.")
     options = options_from(arguments)
     from shallowfusion.decoder import FusionDecoder
 
     decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    options = configured(arguments, decoder, options)
     failed = 0
     batches = range(0, len(arguments.recordings), options.batch_size)
     for start in progress(batches, f"{len(arguments.recordings)} recordings"):
@@ -81,6 +86,12 @@ def options_from(arguments: argparse.Namespace) -> DecodingOptions:
 def _rule(arguments: argparse.Namespace) -> Rule | None:
     """A rule only where the plain option names cannot say it."""
     weights = arguments.lm_weight
+    if arguments.rule is not None:
+        require(
+            not (weights or arguments.initial_steps or arguments.ramp or arguments.catch_up),
+            "give either --rule or --lm-weight, --initial-steps, --ramp and --catch-up, got both; the rule holds them.",
+        )
+        return parse_rule(arguments.rule)
     if not (arguments.ramp or arguments.catch_up or len(weights) > 1):
         return None
     if not (arguments.initial_steps or arguments.ramp or arguments.catch_up):
@@ -116,6 +127,8 @@ def _numbers() -> dict[str, tuple[type, str]]:
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
         "max_new_tokens": (int, "no more tokens than this (default: what the model's window leaves)"),
         "no_repeat_ngram_size": (int, "no group of this many tokens is said twice (default: 0, off)"),
+        "coverage_weight": (float, "weight of the recording's coverage in the ranking of the n-best (default: 0)"),
+        "min_attention_centre": (float, "ends that look at less of the recording than this come last (default: off)"),
         "asr_temperature": (float, "default: 1"),
         "lm_temperature": (float, "default: 1"),
         "batch_size": (int, "recordings decoded together (default: 8)"),
@@ -144,6 +157,7 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         default=[],
         help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
     )
+    add_configuration(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
 
@@ -151,6 +165,10 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """The options `options_from` reads."""
     group = parser.add_argument_group("decoding options")
+    group.add_argument(
+        "--rule", default=None, metavar="RULE",
+        help="fusion rule, for instance \"internal_lm(0.8, 0.2)\", in place of --lm-weight and what goes with it",
+    )  # fmt: skip
     group.add_argument(
         "--lm-weight", type=float, action="append", default=[], metavar="W", help="one per --lm (default: 0.24)"
     )

@@ -11,6 +11,7 @@ from shallowfusion.fusion.catalogue import (
     internal_lm,
     inverse_entropy_gate,
     late_fusion,
+    learned,
     margin_gate,
     mixture,
     piecewise,
@@ -18,6 +19,7 @@ from shallowfusion.fusion.catalogue import (
     uadf,
     uadf_asr_primary,
 )
+from shallowfusion.fusion.parsing import parse_rule
 from shallowfusion.fusion.rescore import rescore
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.fusion.step import fused_step, row_statistics
@@ -35,8 +37,10 @@ __all__ = [
     "internal_lm",
     "inverse_entropy_gate",
     "late_fusion",
+    "learned",
     "margin_gate",
     "mixture",
+    "parse_rule",
     "piecewise",
     "rescore",
     "row_statistics",

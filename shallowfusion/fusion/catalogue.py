@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from shallowfusion.config import require
 from shallowfusion.fusion.gates import (
@@ -16,6 +17,7 @@ from shallowfusion.fusion.gates import (
     InverseEntropyGate,
     MarginGate,
 )
+from shallowfusion.fusion.learned_gate import LearnedGate
 from shallowfusion.fusion.mixtures import Mixture
 from shallowfusion.fusion.rules import EndPolicy, IlmVariant, Rule, as_weights
 
@@ -30,6 +32,7 @@ __all__ = [
     "internal_lm",
     "inverse_entropy_gate",
     "late_fusion",
+    "learned",
     "margin_gate",
     "mixture",
     "piecewise",
@@ -165,3 +168,14 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
             the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer).
     """
     return Rule("internal_lm", as_weights(weight), ilm_weight=ilm_weight, ilm_variant=variant)
+
+
+def learned(path: str | Path, form: Form = "local") -> Rule:
+    """A gate trained by `shallowfusion train-gate`: weight of each LM in each row by a small network (METHODS 11.3).
+
+    Args:
+        path: directory of the gate; it is refused by other models than it was trained for.
+    """
+    gate = LearnedGate.load(path)
+    weights = (gate.settings.largest_weight,) * gate.settings.num_models
+    return Rule("learned", weights, gate=gate, form=form)

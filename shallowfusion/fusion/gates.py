@@ -172,7 +172,7 @@ class AgreementGate:
         maps = view.maps or [None] * len(view.logits)
         found = []
         for source, mapping in zip(view.logits[1:], maps[1:], strict=True):
-            own = _in_acoustic_ids(source, mapping, acoustic.shape[1])
+            own = in_acoustic_ids(source, mapping, acoustic.shape[1])
             favourite = own.argmax(dim=1, keepdim=True)
             found.append((acoustic > acoustic.gather(1, favourite)).sum(dim=1) < self.top_k)
         return torch.stack(found, dim=1).float()
@@ -205,7 +205,7 @@ class EvidenceGate:
         )
 
 
-def _in_acoustic_ids(source: Tensor, mapping: Tensor | None, vocab: int) -> Tensor:
+def in_acoustic_ids(source: Tensor, mapping: Tensor | None, vocab: int) -> Tensor:
     """The logits of a source by acoustic id, [rows, <= vocab]; -inf where it has no counterpart."""
     if mapping is None:
         return source[:, :vocab]

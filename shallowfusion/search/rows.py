@@ -28,7 +28,11 @@ NOTHING = Unmapped("floor", 0.0)
 
 
 class Rows:
-    """Totals of the live rows and, for rules that look back, what each source said of their tokens."""
+    """Totals of the live rows and, for rules that look back, what each source said of their tokens.
+
+    Args:
+        top_k: candidates per utterance; None = as many as the beam needs.
+    """
 
     def __init__(
         self,
@@ -36,10 +40,12 @@ class Rows:
         num_sources: int,
         prompts: Sequence[Sequence[int]],
         scorers: Sequence[CandidateScorer] = (),
+        top_k: int | None = None,
     ) -> None:
         num_utterances = len(prompts)
         self.plan = plan
         self.scorers = scorers
+        self.top_k = plan.settings.num_candidates * (WIDENING if scorers else 1) if top_k is None else top_k
         self.num_sources = num_sources
         self.totals = np.zeros((num_utterances, 1), dtype=np.float32)
         self.sums = np.zeros((num_utterances, 1, num_sources + len(scorers)), dtype=np.float64)
@@ -75,7 +81,7 @@ class Rows:
             torch.cat(weights, dim=1) if looks else numbers.weights,
             sums,
             beam_size=totals.shape[1],
-            top_k=plan.settings.num_candidates * (WIDENING if self.scorers else 1),
+            top_k=self.top_k,
             end_id=plan.end_id,
             temperatures=[*temperatures, *(temperatures[look.source] for look in looks)],
             maps=[*maps, *(look.map.to(device) for look in looks)],

@@ -111,8 +111,8 @@ def test_twenty_thousand_phrases_are_one_automaton_per_decoder(model) -> None:
     hotwords = {" ".join(map(str, rng.integers(0, 40, 6))): 1.0 for _ in range(20_000)}
     states = random_encoder_output(model.acoustic, 2)
     first = model.decode(states, rule=fusion.static(0.2), hotwords=hotwords, **OPTIONS)
-    automaton = model._last_phrases
+    automaton = model._planner._last_phrases
     again = model.decode(states, rule=fusion.static(0.2), hotwords=dict(hotwords), **OPTIONS)
-    assert model._last_phrases is automaton
+    assert model._planner._last_phrases is automaton
     assert [h.total for r in first for h in r.n_best] == [h.total for r in again for h in r.n_best]
     assert torch.isfinite(torch.tensor([h.total for r in first for h in r.n_best])).all()

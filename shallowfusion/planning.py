@@ -1,0 +1,225 @@
+"""From options to what a search runs: scorers with their contexts, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowfusion.config import require
+from shallowfusion.features.log_mel import log_mel
+from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
+from shallowfusion.fusion.token_classes import class_sources
+from shallowfusion.options import DecodingOptions
+from shallowfusion.phrases.automaton import PhraseAutomaton
+from shallowfusion.phrases.patterns import patterns, spread
+from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.scorers.fingerprints import fingerprint
+from shallowfusion.scorers.internal_lm import InternalLMScorer
+from shallowfusion.scorers.loading import AcousticModel, LanguageModel
+from shallowfusion.scorers.mixture import MixtureScorer
+from shallowfusion.search.candidates import CandidateScorer
+from shallowfusion.search.loop import SearchPlan, StageClock
+from shallowfusion.search.sources import Sources
+from shallowfusion.text.vocabulary import class_factors, text_map, token_map
+from shallowfusion.values import Unmapped
+
+__all__ = ["SearchPlanner"]
+
+
+class SearchPlanner:
+    """Knows the models; `FusionDecoder` asks it what to run.
+
+    Args:
+        acoustic: the acoustic model.
+        language_models: on the acoustic model's tokenizer.
+        internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
+
+    Raises:
+        VocabularyError: a language model's tokens differ from the acoustic model's.
+    """
+
+    def __init__(
+        self, acoustic: AcousticModel, language_models: Sequence[LanguageModel], internal_context: Tensor | None
+    ) -> None:
+        self.acoustic = acoustic
+        self.language_models = tuple(language_models)
+        self.internal_context = internal_context
+        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
+        for model in self.language_models:
+            token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the acoustic model and each language model."""
+        return tuple(fingerprint(scorer) for scorer in (self.acoustic.scorer, *self.language_models))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the parts: "asr", then "lm", or "lm0", "lm1", ... for several."""
+        count = len(self.language_models)
+        return ("asr", "lm") if count == 1 else ("asr", *(f"lm{i}" for i in range(count)))
+
+    def names_under(self, rule: Rule) -> tuple[str, ...]:
+        """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
+        own = ("asr", "lm") if rule.lm_mixture else self.source_names
+        return (*own, "ilm") if rule.ilm_weight else own
+
+    def _models_under(self, rule: Rule) -> Sequence[Any]:
+        if not rule.lm_mixture:
+            return self.language_models
+        return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
+
+    def sources(
+        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
+    ) -> Sources:
+        """What a search of these utterances runs.
+
+        Args:
+            encoder_output: [utterances, frames, size].
+            seconds: of sound in each recording; None = the whole window.
+        """
+        languages = self._languages(encoder_output, options, clock)
+        prefixes = [self._prefix(language, options) for language in languages]
+        plan = self._plan(options, max(len(prefix) for prefix in prefixes))
+        width, longest = options.beam_size, plan.settings.max_new_tokens
+        models = self._models_under(plan.rule)
+        scorers: list[Scorer] = [self.acoustic.scorer, *models]
+        heard = Context(prefixes, width, longest, encoder_output)
+        contexts = [heard]
+        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in models]
+        if plan.rule.ilm_weight:
+            scorers.append(self._internal_lm(plan.rule.ilm_variant))
+            contexts.append(heard)
+        late: list[CandidateScorer] = []
+        names = self.names_under(plan.rule)
+        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late))
+
+    def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
+        if variant == "trained":
+            require(
+                self.internal_context is not None,
+                'internal_lm(variant="trained") needs a trained context; give internal_context=... to the decoder.',
+            )
+            return InternalLMScorer(self.acoustic.scorer, variant, self.internal_context)
+        if variant != "silence":
+            return InternalLMScorer(self.acoustic.scorer, variant)
+        samples = torch.zeros(self.acoustic.features.chunk_samples)
+        silence = self.acoustic.scorer.encode(log_mel([samples], self.acoustic.features))[0]
+        return InternalLMScorer(self.acoustic.scorer, variant, silence)
+
+    def _plan(self, options: DecodingOptions, prefix_length: int) -> SearchPlan:
+        rule = options.resolved_rule(len(self.language_models))
+        if rule.gate is not None and getattr(rule.gate, "fingerprints", None):  # a learned gate knows its models
+            rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
+        policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
+        acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
+        include_end = policy in ("lm", "end_factored")
+        vocabularies = [model.vocabulary for model in self._models_under(rule)]
+        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
+        nothing = Unmapped("floor", 0.0)
+        unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
+        temperatures = [options.asr_temperature, *options.lm_temperatures(len(maps))]
+        if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
+            maps.append(text_map(acoustic.vocabulary))
+            unmapped.append(nothing)
+            temperatures.append(1.0)
+        room = acoustic.window - prefix_length
+        require(room >= 1, f"the prompt takes all {acoustic.window} positions of the model; shorten initial_prompt.")
+        return SearchPlan(
+            settings=options.beam_settings(tokens.end, room),
+            rule=rule,
+            maps=(None, *maps),
+            unmapped=tuple(unmapped),
+            normalize=rule.normalize(policy) if self.language_models or rule.ilm_weight else "none",
+            temperatures=tuple(temperatures),
+            suppressed=self._suppressed(options),
+            first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
+            min_new_tokens=options.min_new_tokens,
+            end_threshold=options.end_threshold,
+            length_bonus=options.length_bonus,
+            class_sources=class_sources(
+                class_factors(acoustic.vocabulary, dict(rule.class_factors)),
+                (None, *maps),
+                [len(acoustic.vocabulary), *map(len, vocabularies)],
+                not include_end,
+                tokens.end,
+            ),
+            phrases=self._phrases(options.weighted_hotwords()),
+            vocab_size=len(acoustic.vocabulary),
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+        )
+
+    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
+        """The automaton of the hotwords; the one of the call before if they are the same."""
+        if not hotwords:
+            return None
+        if self._last_phrases is None or self._last_phrases[0] != hotwords:
+            encode = self.acoustic.tokenizer.encode
+
+            def segment(text: str) -> list[list[int]]:
+                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
+
+            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
+        return self._last_phrases[1]
+
+    def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
+        given = options.suppress_tokens
+        if given in ("-1", -1):
+            return self.acoustic.tokens.suppressed
+        if given is None:
+            return ()
+        require(
+            isinstance(given, Sequence) and not isinstance(given, str),
+            f"suppress_tokens must be token ids, '-1' or None, got {given!r}.",
+        )
+        size = len(self.acoustic.scorer.vocabulary)
+        ids = tuple(int(token) for token in given)  # type: ignore[union-attr]
+        require(all(0 <= i < size for i in ids), f"suppress_tokens must be ids from 0 to {size - 1}, got {ids}.")
+        return ids
+
+    def _languages(self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock) -> list[str]:
+        known = self.acoustic.tokens.languages
+        count = len(encoder_output)
+        if not known:
+            require(
+                options.language in (None, "en", "english") and options.task == "transcribe",
+                f"{self.acoustic.name} is English-only, got language={options.language!r}, task={options.task!r}; "
+                "load a multilingual model.",
+            )
+            return ["en"] * count
+        if options.language is not None:
+            require(
+                options.language in known,
+                f"language must be one of {', '.join(sorted(known))}, got {options.language!r}.",
+            )
+            return [options.language] * count
+        with clock("asr"):
+            context = Context([[self.acoustic.tokens.start]] * count, 1, 1, encoder_output)
+            logits = self.acoustic.scorer.start(context).logits
+        codes, ids = list(known), list(known.values())
+        return [codes[best] for best in logits[:, ids].argmax(dim=1).tolist()]
+
+    def _prefix(self, language: str, options: DecodingOptions) -> list[int]:
+        """Previous text, start, language, task and no-timestamps tokens, as Whisper was trained on."""
+        tokens = self.acoustic.tokens
+        prefix = self._previous_text(options)
+        prefix.append(tokens.start)
+        if tokens.is_multilingual:
+            prefix.append(tokens.languages[language])
+            prefix.append(tokens.tasks[options.task])
+        if tokens.no_timestamps is not None:
+            prefix.append(tokens.no_timestamps)
+        return prefix
+
+    def _previous_text(self, options: DecodingOptions) -> list[int]:
+        if not options.initial_prompt or not options.initial_prompt.strip():
+            return []
+        previous = self.acoustic.tokens.previous
+        require(previous is not None, f"{self.acoustic.name} has no start-of-previous token for initial_prompt.")
+        text = " " + options.initial_prompt.strip()
+        ids = self.acoustic.tokenizer.encode(text, add_special_tokens=False)
+        return [int(previous), *ids[-(self.acoustic.scorer.window // 2 - 1) :]]  # type: ignore[arg-type]

@@ -1,0 +1,34 @@
+"""What a search of a batch of utterances is given, in one record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.search.candidates import CandidateScorer
+from shallowfusion.search.loop import SearchPlan
+
+__all__ = ["Sources"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything `search` is given for a batch of utterances.
+
+    Args:
+        scorers, contexts, names: the acoustic model, the language models, and an internal LM that the rule subtracts.
+        languages: of each utterance.
+        late: sources that score only what survives the fused step; fresh, for one search.
+    """
+
+    scorers: tuple[Scorer, ...]
+    contexts: tuple[Context, ...]
+    names: tuple[str, ...]
+    plan: SearchPlan
+    languages: tuple[str, ...]
+    late: tuple[CandidateScorer, ...] = ()
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts of a hypothesis, in their order."""
+        return (*self.names, *(scorer.name for scorer in self.late))

@@ -1,0 +1,1 @@
+"""Numbers that are learnt or chosen on development data: temperatures, gates, weights."""
