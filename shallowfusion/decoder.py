@@ -26,6 +26,7 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.sources import Sources
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
@@ -41,9 +42,11 @@ class FusionDecoder:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer; one weight of the rule belongs to each.
+        language_models: one weight of the rule belongs to each; those on the acoustic model's tokenizer first.
         internal_context: float [frames, size], trained to stand for "no recording", for
             fusion.internal_lm(variant="trained").
+        lm_bridge: "bytes": causal language models on another tokenizer score the bytes of each candidate token (see
+            `ByteBridge`); None = they are refused.
 
     Raises:
         VocabularyError: a language model's tokens differ from the acoustic model's.
@@ -54,10 +57,11 @@ class FusionDecoder:
         acoustic: AcousticModel,
         language_models: Sequence[LanguageModel] = (),
         internal_context: Tensor | None = None,
+        lm_bridge: LmBridge | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
-        self._planner = SearchPlanner(acoustic, self.language_models, internal_context)
+        self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
     @classmethod
     def from_pretrained(
@@ -66,6 +70,7 @@ class FusionDecoder:
         lm: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        lm_bridge: LmBridge | None = None,
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -75,6 +80,7 @@ class FusionDecoder:
                 NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
+            lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -85,7 +91,8 @@ class FusionDecoder:
         acoustic = load_whisper(str(asr), where, number)
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
         vocabulary = acoustic.scorer.vocabulary
-        return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
+        models = [load_language_model(str(name), vocabulary, where, number) for name in names]
+        return cls(acoustic, models, lm_bridge=lm_bridge)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -236,6 +243,6 @@ class FusionDecoder:
                 for i, listed in enumerate(found)
             ]
         return [
-            (tuple(listed[: options.n_best]), language, own.plan.rule)
+            (tuple(listed[: options.n_best]), language, own.rule or own.plan.rule)
             for listed, language in zip(found, own.languages, strict=True)
         ]

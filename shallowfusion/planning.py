@@ -21,6 +21,7 @@ from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
 from shallowfusion.scorers.mixture import MixtureScorer
+from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
@@ -35,22 +36,26 @@ class SearchPlanner:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer.
+        language_models: on the acoustic model's tokenizer, then those that need a bridge.
         internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
+        lm_bridge: how language models on another tokenizer are joined, None = they are refused.
 
     Raises:
         VocabularyError: a language model's tokens differ from the acoustic model's.
     """
 
     def __init__(
-        self, acoustic: AcousticModel, language_models: Sequence[LanguageModel], internal_context: Tensor | None
+        self,
+        acoustic: AcousticModel,
+        language_models: Sequence[LanguageModel],
+        internal_context: Tensor | None,
+        lm_bridge: LmBridge | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
-        for model in self.language_models:
-            token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
+        self._bridges = Bridges(acoustic.scorer.vocabulary, self.language_models, lm_bridge)
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
@@ -70,7 +75,7 @@ class SearchPlanner:
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
         if not rule.lm_mixture:
-            return self.language_models
+            return self._bridges.shared
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def sources(
@@ -95,8 +100,15 @@ class SearchPlanner:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
         late: list[CandidateScorer] = []
-        names = self.names_under(plan.rule)
-        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late))
+        count = len(self.language_models)
+        rule = options.resolved_rule(count)
+        if self._bridges.languages:
+            policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
+            temperatures = options.lm_temperatures(count)
+            late += self._bridges.sources(rule, policy, self.source_names[1:], temperatures, len(prefixes), plan.end_id)
+        bridged = {source.name for source in late}
+        names = tuple(name for name in self.names_under(rule) if name not in bridged)
+        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late), rule)
 
     def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
         if variant == "trained":
@@ -116,13 +128,16 @@ class SearchPlanner:
         if rule.gate is not None and getattr(rule.gate, "fingerprints", None):  # a learned gate knows its models
             rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
+        self._bridges.check(rule, policy)
+        fuses, rule = rule.fuses, self._bridges.shared_rule(rule)
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
         vocabularies = [model.vocabulary for model in self._models_under(rule)]
         maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        temperatures = [options.asr_temperature, *options.lm_temperatures(len(maps))]
+        loaded = len(maps) + len(self._bridges.languages)
+        temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
             maps.append(text_map(acoustic.vocabulary))
             unmapped.append(nothing)
@@ -140,6 +155,7 @@ class SearchPlanner:
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
+            fuses_late=fuses,
             length_bonus=options.length_bonus,
             class_sources=class_sources(
                 class_factors(acoustic.vocabulary, dict(rule.class_factors)),

@@ -138,7 +138,7 @@ class ByteBridge:
         language: the model.
         prompts: of the language model, token ids per utterance, read, not scored.
         end_id: the acoustic end token.
-        weight: increments are multiplied by it, and by `schedule(step)` if there is one.
+        weight: increments are multiplied by it, and by `schedule(step)` if there is one: `self.weight` is the product.
         name: of its part in the results.
 
     Source: 2405.14259 (the sum), 2410.09303 (covers), 2506.14123 (valid covers); sharing of what is read is ours.
@@ -156,16 +156,12 @@ class ByteBridge:
     ) -> None:
         self.name, self.settings = name, settings or BridgeSettings()
         self._language, self._end_id = language, end_id
-        self._weight, self._schedule, self._step = weight, schedule, 0
+        self._full_weight, self._schedule, self._step = weight, schedule or (lambda step: 1.0), 0
+        self.weight = weight * self._schedule(0)
         self.tree = TokenTree(language.model, prompts, self.settings.temperature)
         self.num_passes = 1
         self._rows = [[ByteCover(0.0, ((root, b""),), root, b"", (root,))] for root in self.tree.roots]
         self._scored: dict[Key, Scored] = {}
-
-    @property
-    def weight(self) -> float:
-        """Of this step's increments."""
-        return self._weight if self._schedule is None else self._weight * self._schedule(self._step)
 
     def log_probs(self) -> npt.NDArray[np.float64]:
         """log P(text) of every row, [utterances, rows]."""
@@ -200,6 +196,7 @@ class ByteBridge:
         )
         self._scored.clear()
         self._step += 1
+        self.weight = self._full_weight * self._schedule(self._step)
 
     def keep(self, order: Sequence[int]) -> None:
         """Drop finished utterances."""
