@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured
+from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured, load_decoder
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
@@ -57,9 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
-    from shallowfusion.decoder import FusionDecoder
-
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     calibrated = configured(arguments, decoder, options)
     return lambda recordings: decoder.transcribe(recordings, calibrated)
 
@@ -70,6 +68,7 @@ def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) ->
     add_decoding_options(parser)
     given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
     unused = [name for name in given if name not in CTC_OPTIONS]
+    unused += [name for name in ("config", "calibration", "internal_context") if getattr(arguments, name, None)]
     require(not unused, f"{arguments.asr} is a CTC model, for which {', '.join(unused)} mean nothing; leave them out.")
     require(
         len(arguments.lm) <= 1 and len(arguments.lm_weight) <= 1,
@@ -194,6 +193,9 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         help="language model on the same tokenizer, or NAME.arpa of its pieces (for a CTC model: of words); repeatable",
     )
     add_configuration(parser)
+    parser.add_argument(
+        "--internal-context", default=None, metavar="FILE", help="of train-ilm, for internal_lm(..., variant='trained')"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
 
