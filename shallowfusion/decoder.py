@@ -27,6 +27,7 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.sources import Sources
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
@@ -42,12 +43,10 @@ class FusionDecoder:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer; one weight of the rule belongs to each.
+        language_models: on the acoustic model's tokenizer, or the first on any for fusion.delayed; one weight of the
+            rule belongs to each.
         internal_context: float [frames, size], trained to stand for "no recording", for
             fusion.internal_lm(variant="trained").
-
-    Raises:
-        VocabularyError: a language model's tokens differ from the acoustic model's.
     """
 
     def __init__(
@@ -73,15 +72,15 @@ class FusionDecoder:
 
         Args:
             asr: a Whisper-type model.
-            lm: a causal language model on the same tokenizer, an n-gram model of its pieces (a file NAME.arpa or
-                NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
+            lm: a causal language model on the same tokenizer (for fusion.delayed on any), an n-gram model of its pieces
+                (a file NAME.arpa or NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
             internal_context: file of `shallowfusion train-ilm`, for fusion.internal_lm(variant="trained").
 
         Raises:
             ModelError: a model cannot be loaded.
-            VocabularyError: the tokenizers differ.
+            VocabularyError: an n-gram model of something else than the acoustic model's pieces.
         """
         where = choose_device(device)
         number = choose_dtype(dtype, where)
@@ -119,6 +118,7 @@ class FusionDecoder:
 
         Raises:
             InvalidArgumentError: bad options, or no recordings.
+            VocabularyError: the rule needs language models on the acoustic model's tokenizer, and one is not.
         """
         options = self._options(options, names)
         items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
@@ -145,7 +145,7 @@ class FusionDecoder:
         output = self._encoder_output(inputs, clock)
         searched = self._search(output, options, clock)
         seconds = float(self.acoustic.features.chunk_seconds)
-        timing = Timing(dict(clock.seconds), seconds * len(output))
+        timing = Timing(dict(clock.seconds), seconds * len(output), dict(clock.counts))
         return [
             Transcription(f"array {i}", hypotheses, language, seconds, rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
@@ -158,7 +158,7 @@ class FusionDecoder:
         )
         require(options is None or not names, "give either options or option names as keywords, got both.")
         chosen = DecodingOptions.of(**names) if options is None else options
-        chosen.resolved_rule(len(self.language_models))
+        self._planner.check(chosen.resolved_rule(len(self.language_models)))
         return chosen
 
     def _batch(self, items: Sequence[Any], first: int, options: DecodingOptions) -> list[Transcription]:
@@ -179,7 +179,7 @@ class FusionDecoder:
             rate = self.acoustic.features.sampling_rate
             seconds = [len(own) / rate for own in samples]
             searched = self._search(self._encoder_output(features, clock), options, clock, seconds)
-            timing = Timing(dict(clock.seconds), sum(seconds))
+            timing = Timing(dict(clock.seconds), sum(seconds), dict(clock.counts))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
                 results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
@@ -230,6 +230,7 @@ class FusionDecoder:
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._planner.sources(encoder_output, options, clock, seconds)
         outcomes = search(own.scorers, own.contexts, own.names, own.plan, clock, own.late)
+        outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
             found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]
         with clock("asr"):

@@ -23,6 +23,7 @@ from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
 from shallowfusion.scorers.mixture import MixtureScorer
 from shallowfusion.search.candidates import CandidateScorer
+from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
@@ -36,11 +37,8 @@ class SearchPlanner:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer.
+        language_models: on the acoustic model's tokenizer; the first on any, under a delayed rule.
         internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
-
-    Raises:
-        VocabularyError: a language model's tokens differ from the acoustic model's.
     """
 
     def __init__(
@@ -50,8 +48,6 @@ class SearchPlanner:
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
-        for model in self.language_models:
-            token_map(acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
@@ -69,7 +65,19 @@ class SearchPlanner:
         own = ("asr", "lm") if rule.lm_mixture else self.source_names
         return (*own, "ilm") if rule.ilm_weight else own
 
+    def check(self, rule: Rule) -> None:
+        """Refuse language models that the rule cannot use.
+
+        Raises:
+            VocabularyError: a model's tokens differ from the acoustic model's, and the rule does not delay it.
+        """
+        for model in self.language_models[0 if rule.delay is None else 1 :]:
+            token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
+
     def _models_under(self, rule: Rule) -> Sequence[Any]:
+        """What the fused step hears beside the acoustic model."""
+        if rule.delay is not None:
+            return ()
         if not rule.lm_mixture:
             return self.language_models
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
@@ -95,9 +103,20 @@ class SearchPlanner:
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
-        late: list[CandidateScorer] = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
-        names = self.names_under(plan.rule)
-        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late))
+        delayed = self._late(options, plan, Context(prefixes, width, longest), clock)
+        joint = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
+        names = (*self.names_under(plan.rule)[:1], *self.names_under(plan.rule)[1 + len(delayed) :])
+        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), (*delayed, *joint))
+
+    def _late(
+        self, options: DecodingOptions, plan: SearchPlan, context: Context, clock: StageClock
+    ) -> list[CandidateScorer]:
+        if plan.rule.delay is None or not self.language_models:
+            return []
+        policy = options.end_policy or plan.rule.end_policy or DEFAULT_END_POLICY
+        temperatures = options.lm_temperatures(len(self.language_models))
+        delayed = DelayedModels(self.language_models, self.source_names[1:], temperatures, policy)
+        return late_sources(plan.rule, delayed, self.acoustic.scorer.vocabulary, context, clock)
 
     def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
         if variant == "trained":

@@ -35,10 +35,12 @@ class Timing:
     Args:
         stages: "audio", "features", "encoder", "asr", "lm", "fusion", "search", "text".
         audio_seconds: length of all recordings of the batch.
+        counts: of a delayed language model: "llm_calls", and "llm_tokens" it read in them.
     """
 
     stages: Mapping[str, float]
     audio_seconds: float
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -130,7 +132,9 @@ class Transcription:
             "flags": list(self.flags),
             "rule": repr(self.rule),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
-            "timing": None if self.timing is None else {**self.timing.stages, "rtfx": self.timing.rtfx},
+            "timing": None
+            if self.timing is None
+            else {**self.timing.stages, **self.timing.counts, "rtfx": self.timing.rtfx},
         }
 
 

@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
     decoder = load_decoder(arguments)
-    calibrated = configured(arguments, decoder, options)
-    return lambda recordings: decoder.transcribe(recordings, calibrated)
+    chosen = configured(arguments, decoder, options)
+    return lambda recordings: decoder.transcribe(recordings, chosen)
 
 
 def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:

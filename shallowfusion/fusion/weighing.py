@@ -43,7 +43,7 @@ def step_weights(rule: Rule, view: StepView) -> StepWeights:
         if rule.share_at(view.step) == 0:
             return StepWeights(torch.tensor([1.0, 0.0]).expand(rows, 2))
         return StepWeights(_finite(rule.mixture.weights(view)))
-    plain = [1.0, *rule.weights_at(view.step)]
+    plain = [1.0] if rule.delay is not None else [1.0, *rule.weights_at(view.step)]  # delayed models speak elsewhere
     subtracted = [-rule.ilm_weight * rule.share_at(view.step)] if rule.ilm_weight else []
     weights = torch.tensor([*plain, *subtracted], device=device).expand(rows, -1)
     if rule.gate is None or not any(plain[1:]):

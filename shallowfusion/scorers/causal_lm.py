@@ -38,14 +38,24 @@ class CausalLMScorer(CachedScorer):
         return [self.vocabulary.end_id if begin is None else begin, *text_ids]
 
     def hidden_states(self, state: DecoderState, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        return self._hidden(state.cache, token_ids, positions, plan)
+
+    def _hidden(self, cache: Any, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
         hidden: Tensor = self.model.base_model(
             input_ids=token_ids,
             position_ids=positions,
             attention_mask=plan.visible,
-            past_key_values=state.cache,
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+    @torch.inference_mode()
+    def read(self, cache: Any, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        """One pass over [utterances, queries] tokens at any slots of a cache of slot layers -> [.., .., size]."""
+        for layer in cache.layers:
+            layer.plan = plan
+        return self._hidden(cache, token_ids, positions, plan)
 
     @torch.inference_mode()
     def tree_hidden_states(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:

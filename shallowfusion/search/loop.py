@@ -71,17 +71,29 @@ class SearchPlan:
 
 @dataclass
 class StageClock:
-    """Seconds and calls per stage of one or more searches."""
+    """Seconds and calls per stage of one or more searches; a stage within another counts for itself alone.
+
+    Args:
+        counts: what sources count beside time, by name.
+    """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _within: list[float] = field(default_factory=list)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - start
-        self.calls[stage] += 1
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] += spent - self._within.pop()
+            self.calls[stage] += 1
+            if self._within:
+                self._within[-1] += spent
 
 
 @dataclass(frozen=True)
