@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import ctc, decode, fused_step, ngram, rescoring
+from bench import ctc, decode, delayed, fused_step, ngram, rescoring
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -34,4 +34,5 @@ CASES = (
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
     Case("ngram", ngram.run, ("tests/ngrams/test_table.py", "tests/phrases/test_automaton.py"), ("cpu",)),
+    Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
 )

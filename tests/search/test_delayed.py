@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +19,7 @@ from shallowfusion.scorers.token_trees import Request, TokenTrees
 from shallowfusion.search.delayed import DelayedLM, DelayedTexts, Scored
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock, search
-from shallowfusion.text.spelling import Said, SharedTokens
+from shallowfusion.text.spelling import SharedTokens
 from tests.delayed_world import OPTIONS, across
 from tests.tiny import random_encoder_output, tiny_decoder, tiny_lm
 
