@@ -18,6 +18,7 @@ from shallowfusion.fusion.rules import Rule
 from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Timing, Transcription
+from shallowfusion.scorers.internal_lm import read_internal_context
 from shallowfusion.scorers.loading import (
     AcousticModel,
     LanguageModel,
@@ -65,6 +66,7 @@ class FusionDecoder:
         lm: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        internal_context: str | Path | None = None,
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -74,6 +76,7 @@ class FusionDecoder:
                 (a file NAME.arpa or NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
+            internal_context: file of `shallowfusion train-ilm`, for fusion.internal_lm(variant="trained").
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -84,7 +87,8 @@ class FusionDecoder:
         acoustic = load_whisper(str(asr), where, number)
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
         vocabulary = acoustic.scorer.vocabulary
-        return cls(acoustic, [load_language_model(str(name), vocabulary, where, number) for name in names])
+        models = [load_language_model(str(name), vocabulary, where, number) for name in names]
+        return cls(acoustic, models, None if internal_context is None else read_internal_context(internal_context))
 
     @property
     def fingerprints(self) -> tuple[str, ...]:

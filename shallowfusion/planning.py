@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
+from shallowfusion.ctc.prefix_scorer import joint_scorers
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
@@ -102,9 +103,10 @@ class SearchPlanner:
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
-        late = self._late(options, plan, Context(prefixes, width, longest), clock)
-        names = (*self.names_under(plan.rule)[:1], *self.names_under(plan.rule)[1 + len(late) :])
-        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late))
+        delayed = self._late(options, plan, Context(prefixes, width, longest), clock)
+        joint = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
+        names = (*self.names_under(plan.rule)[:1], *self.names_under(plan.rule)[1 + len(delayed) :])
+        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), (*delayed, *joint))
 
     def _late(
         self, options: DecodingOptions, plan: SearchPlan, context: Context, clock: StageClock
@@ -158,6 +160,7 @@ class SearchPlanner:
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
+            acoustic_weight=1.0 - options.ctc_weight,
             length_bonus=options.length_bonus,
             class_sources=class_sources(
                 class_factors(acoustic.vocabulary, dict(rule.class_factors)),

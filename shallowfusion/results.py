@@ -95,9 +95,13 @@ class Transcription:
         ratio = compression_ratio(best.text)
         return (Segment(0, 0.0, self.duration, best.text, best.token_ids, average, ratio),)
 
-    def rerank(self, rule: Rule, length_penalty: float = 1.0, length_bonus: float = 0.0) -> Transcription:
-        """The same hypotheses ranked under another rule from their stored parts; no model runs."""
-        ranked = rescore(list(self.n_best), rule, length_penalty=length_penalty, length_bonus=length_bonus)
+    def rerank(
+        self, rule: Rule, length_penalty: float = 1.0, length_bonus: float = 0.0, ctc_weight: float | None = None
+    ) -> Transcription:
+        """The same hypotheses ranked under another rule from their stored parts (`rescore`); no model runs."""
+        ranked = rescore(
+            self.n_best, rule, length_penalty=length_penalty, length_bonus=length_bonus, ctc_weight=ctc_weight
+        )
         return Transcription(self.source, tuple(ranked), self.language, self.duration, rule, self.timing, self.error)
 
     def to_whisper(self) -> dict[str, Any]:

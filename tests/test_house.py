@@ -26,8 +26,8 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"transcripts", "planning"},
-    {"decoder", "ctc"},
+    {"transcripts", "planning", "ctc"},
+    {"decoder", "attention_rescoring"},
     {"compat"},
     {"evaluation"},
     {"training"},
@@ -41,6 +41,7 @@ NATIVE_FACES = {
     "scorers/page_pool.py",
     "ngrams/arpa_native.py",
     "ngrams/table.py",
+    "ctc/prefix_scores.py",
     "ctc/search.py",
     "phrases/automaton.py",
 }

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shallowfusion.cli.configuration import configured
+from shallowfusion.cli.configuration import configured, load_decoder
 from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from, progress
 from shallowfusion.config import require
 from shallowfusion.evaluation.normalisation import NORMALISERS
@@ -68,7 +68,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from shallowfusion.decoder import FusionDecoder
     from shallowfusion.evaluation.manifest import check_disjoint, read_manifest
     from shallowfusion.evaluation.normalisation import normaliser
     from shallowfusion.evaluation.stored import HypothesisStore
@@ -84,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.beam_size = 10
     options = options_from(arguments)
     normalise = normaliser(arguments.normaliser, arguments.spellings)
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     options = configured(arguments, decoder, options)
     encoded = EncodedSet(decoder, arguments.out / "encoded")
     encoded.make([*dev, *test], progress, options.batch_size)

@@ -25,6 +25,12 @@ class StepWeights:
     weights: Tensor
     shift: Tensor | None = None
 
+    def with_acoustic(self, weight: float) -> StepWeights:
+        """The same with the first source's weight multiplied."""
+        if weight == 1.0:
+            return self
+        return replace(self, weights=torch.cat([weight * self.weights[:, :1], self.weights[:, 1:]], dim=1))
+
 
 def step_weights(rule: Rule, view: StepView) -> StepWeights:
     """Weights of the acoustic model, the language models and, last, of an internal LM that the rule subtracts.

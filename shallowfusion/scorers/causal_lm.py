@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shallowfusion.scorers.base import CachedScorer, DecoderState
-from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache
+from shallowfusion.scorers.slots import SlotPlan
 from shallowfusion.text.vocabulary import Vocabulary
 
 __all__ = ["CausalLMScorer"]
@@ -65,23 +64,7 @@ class CausalLMScorer(CachedScorer):
         Args:
             parents: the node before each; -1 for the first token of all, a parent always before its children.
         """
-        count = len(token_ids)
-        seen = torch.zeros((count, count), dtype=torch.bool)
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                seen[node] = seen[parent]
-            seen[node, node] = True
-        positions = seen.sum(dim=1)[None] - 1
-        plan = SlotPlan(torch.arange(count, device=self.device)[None], seen.to(self.device)[None, None])
-        state = DecoderState(
-            logits=torch.empty(0),
-            slots=BeamSlots(1, count, self.device),
-            cache=decoder_cache(self.num_layers, self.has_cross_attention),
-            lengths=np.zeros((1, 1), dtype=np.int64),
-            histories=[[()]],
-        )
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        return self._pass(state, ids, positions.to(self.device), plan)[0]
+        return self.trees_hidden_states([(token_ids, parents)])[0]
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)

@@ -40,6 +40,7 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        acoustic_weight: of the first source; the rest of 1 is that of a late source such as CTC.
         class_sources: second looks at sources for tokens whose weight differs.
         phrases: favoured token sequences; `vocab_size`: of the acoustic model, wanted with phrases.
         no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
@@ -55,6 +56,7 @@ class SearchPlan:
     first_suppressed: tuple[int, ...] = ()
     min_new_tokens: int = 0
     end_threshold: float | None = None
+    acoustic_weight: float = 1.0
     length_bonus: float = 0.0
     class_sources: tuple[ClassSource, ...] = ()
     phrases: PhraseAutomatonProtocol | None = None

@@ -75,7 +75,7 @@ class Rows:
         temperatures = plan.temperatures or (1.0,) * len(logits)
         maps = [None if given is None else given.to(device) for given in plan.maps]
         view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
-        numbers = step_weights(plan.rule, view)
+        numbers = step_weights(plan.rule, view).with_acoustic(plan.acoustic_weight)
         boost = None if self.booster is None else self.booster.bonus(device)
         sums = torch.from_numpy(totals.reshape(-1)).to(device)
         for shift in (numbers.shift, None if boost is None else boost.refunds):

@@ -130,6 +130,7 @@ def explain(decoder: FusionDecoder, recording: Any, options: DecodingOptions, nu
         f"explain compares a language model's say with the acoustic model's, but under {rule} none has one; "
         "load one with --lm and give it a weight.",
     )
+    require(options.ctc_weight == 0, f"explain reads no CTC scores, got ctc_weight={options.ctc_weight}; use 0.")
     encoded = decoder.encode([recording])
     result = decoder.decode(encoded, options)[0]
     plain = replace(options, rule=None, lm_weight=None, initial_steps=0, lm_temperature=1.0)
