@@ -174,14 +174,14 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
 
 def delayed(
     weight: float,
-    trigger: Trigger = "hybrid",
-    interval: int | None = 8,
+    trigger: Trigger = "interval",
+    interval: int | None = 4,
     score_span: ScoreSpan = "all",
     *,
     proxy_weight: float | None = None,
     proxy_form: ProxyForm = "replace",
     unit: SpellingUnit = "auto",
-    tail: Tail = "mean",
+    tail: Tail | None = None,
     lower: bool = False,
 ) -> Rule:
     """asr + weight * lm of the words so far, asked only of what survived, on any tokenizer (2501.09258; METHODS 4).
@@ -192,7 +192,10 @@ def delayed(
 
     Args:
         proxy_weight: of a second language model, on the acoustic tokens, that scores every step; None = there is none.
+        tail: see `Delay`; None = "free" where a second model's scores stand in for it, else "mean".
     """
+    if tail is None:
+        tail = "mean" if proxy_weight is None or proxy_form == "add" else "free"
     weights = (weight,) if proxy_weight is None else (weight, proxy_weight)
     delay = Delay(trigger, interval, score_span, unit, tail, lower, proxy_form)
     return Rule("delayed", weights, delay=delay)

@@ -43,8 +43,8 @@ class Delay:
             model has spoken, "add" keeps them.
     """
 
-    trigger: Trigger = "hybrid"
-    interval: int | None = 8
+    trigger: Trigger = "interval"
+    interval: int | None = 4
     score_span: ScoreSpan = "all"
     unit: SpellingUnit = "auto"
     tail: Tail = "mean"
