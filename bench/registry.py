@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import ctc, decode, fused_step, ngram, rescoring
+from bench import bridge, ctc, decode, fused_step, ngram, rescoring
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -34,4 +34,9 @@ CASES = (
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
     Case("ngram", ngram.run, ("tests/ngrams/test_table.py", "tests/phrases/test_automaton.py"), ("cpu",)),
+    Case(
+        "bridge",
+        bridge.run,
+        ("tests/scorers/test_token_ranges.py", "tests/scorers/test_byte_bridge.py"),
+    ),
 )

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_ctc_search(module);
   shallowfusion::bind_phrase_automaton(module);
   shallowfusion::bind_range_lse(module);
+  shallowfusion::bind_lexicon_search(module);
 }

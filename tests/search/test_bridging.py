@@ -133,9 +133,7 @@ def test_multilingual_whisper_goes_with_gpt2(whisper, gpt2, policy) -> None:
             assert set(parts) == {"asr", "lm"}
             assert hypothesis.total == pytest.approx(parts["asr"] + WEIGHT * parts["lm"], abs=1e-3)
             # the language model's part is that of the whole text, scored from scratch
-            alone = ByteBridge(
-                language, [gpt2.prompt()], whisper.tokens.end, 1.0, BridgeSettings(ending=policy)
-            )
+            alone = ByteBridge(language, [gpt2.prompt()], whisper.tokens.end, 1.0, BridgeSettings(ending=policy))
             total = 0.0
             for token in hypothesis.tokens:
                 one = np.array([[token.id]])
