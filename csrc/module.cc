@@ -9,6 +9,7 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_arpa_reader(module);
   shallowfusion::bind_ngram_table(module);
   shallowfusion::bind_ctc_search(module);
+  shallowfusion::bind_ctc_prefix_scores(module);
   shallowfusion::bind_phrase_automaton(module);
   shallowfusion::bind_range_lse(module);
   shallowfusion::bind_lexicon_search(module);

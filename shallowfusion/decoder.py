@@ -18,6 +18,7 @@ from shallowfusion.fusion.rules import Rule
 from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Timing, Transcription
+from shallowfusion.scorers.internal_lm import read_internal_context
 from shallowfusion.scorers.loading import (
     AcousticModel,
     LanguageModel,
@@ -27,6 +28,7 @@ from shallowfusion.scorers.loading import (
     load_whisper,
 )
 from shallowfusion.search.bridging import LmBridge
+from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.sources import Sources
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
@@ -42,14 +44,12 @@ class FusionDecoder:
 
     Args:
         acoustic: the acoustic model.
-        language_models: one weight of the rule belongs to each; those on the acoustic model's tokenizer first.
+        language_models: one weight of the rule belongs to each; those on the acoustic model's tokenizer first, unless
+            the rule is fusion.delayed, which takes the first on any.
         internal_context: float [frames, size], trained to stand for "no recording", for
             fusion.internal_lm(variant="trained").
         lm_bridge: "bytes": causal language models on another tokenizer score the bytes of each candidate token (see
-            `ByteBridge`); None = they are refused.
-
-    Raises:
-        VocabularyError: a language model's tokens differ from the acoustic model's.
+            `ByteBridge`); None = they are refused, unless the rule delays them.
     """
 
     def __init__(
@@ -70,21 +70,23 @@ class FusionDecoder:
         lm: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        internal_context: str | Path | None = None,
         lm_bridge: LmBridge | None = None,
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
         Args:
             asr: a Whisper-type model.
-            lm: a causal language model on the same tokenizer, an n-gram model of its pieces (a file NAME.arpa or
-                NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
+            lm: a causal language model on the same tokenizer (for fusion.delayed on any), an n-gram model of its pieces
+                (a file NAME.arpa or NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
+            internal_context: file of `shallowfusion train-ilm`, for fusion.internal_lm(variant="trained").
             lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
 
         Raises:
             ModelError: a model cannot be loaded.
-            VocabularyError: the tokenizers differ.
+            VocabularyError: an n-gram model of something else than the acoustic model's pieces.
         """
         where = choose_device(device)
         number = choose_dtype(dtype, where)
@@ -92,7 +94,8 @@ class FusionDecoder:
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
         vocabulary = acoustic.scorer.vocabulary
         models = [load_language_model(str(name), vocabulary, where, number) for name in names]
-        return cls(acoustic, models, lm_bridge=lm_bridge)
+        context = None if internal_context is None else read_internal_context(internal_context)
+        return cls(acoustic, models, context, lm_bridge)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -122,6 +125,7 @@ class FusionDecoder:
 
         Raises:
             InvalidArgumentError: bad options, or no recordings.
+            VocabularyError: the rule needs language models on the acoustic model's tokenizer, and one is not.
         """
         options = self._options(options, names)
         items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
@@ -148,7 +152,7 @@ class FusionDecoder:
         output = self._encoder_output(inputs, clock)
         searched = self._search(output, options, clock)
         seconds = float(self.acoustic.features.chunk_seconds)
-        timing = Timing(dict(clock.seconds), seconds * len(output))
+        timing = Timing(dict(clock.seconds), seconds * len(output), dict(clock.counts))
         return [
             Transcription(f"array {i}", hypotheses, language, seconds, rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
@@ -161,7 +165,7 @@ class FusionDecoder:
         )
         require(options is None or not names, "give either options or option names as keywords, got both.")
         chosen = DecodingOptions.of(**names) if options is None else options
-        chosen.resolved_rule(len(self.language_models))
+        self._planner.check(chosen.resolved_rule(len(self.language_models)))
         return chosen
 
     def _batch(self, items: Sequence[Any], first: int, options: DecodingOptions) -> list[Transcription]:
@@ -182,7 +186,7 @@ class FusionDecoder:
             rate = self.acoustic.features.sampling_rate
             seconds = [len(own) / rate for own in samples]
             searched = self._search(self._encoder_output(features, clock), options, clock, seconds)
-            timing = Timing(dict(clock.seconds), sum(seconds))
+            timing = Timing(dict(clock.seconds), sum(seconds), dict(clock.counts))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
                 results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
@@ -233,6 +237,7 @@ class FusionDecoder:
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._planner.sources(encoder_output, options, clock, seconds)
         outcomes = search(own.scorers, own.contexts, own.names, own.plan, clock, own.late)
+        outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
             found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]
         with clock("asr"):

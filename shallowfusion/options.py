@@ -27,6 +27,8 @@ class DecodingOptions:
         n_best: hypotheses returned per utterance, at most beam_size.
         rule: fusion rule, for instance fusion.static(0.24). In its place `lm_weight` with `initial_steps` says
             static or piecewise. With neither, a loaded LM gets weight 0.24, the published optimum of a domain GPT-2.
+        ctc_weight: share of the acoustic model's CTC head, 0 to below 1: an increment is (1 - ctc_weight) * attention
+            + ctc_weight * CTC + language models.
         length_bonus: nats per token but the end.
         length_penalty: total / length ** length_penalty ranks hypotheses; with stop_rule="whisper" None is the mean
             and a number GNMT's ((5 + length) / 6) ** length_penalty.
@@ -64,6 +66,7 @@ class DecodingOptions:
     rule: Rule | None = None
     lm_weight: float | None = None
     initial_steps: int = 0
+    ctc_weight: float = 0.0
     length_bonus: float = 0.0
     length_penalty: float | None = 1.0
     patience: float = 1.0
@@ -190,6 +193,10 @@ class DecodingOptions:
         return dict(given)
 
     def _check_rule(self) -> None:
+        require(
+            isinstance(self.ctc_weight, (int, float)) and 0 <= self.ctc_weight < 1,
+            f"ctc_weight must be from 0 to below 1, got {self.ctc_weight!r}; for CTC alone use CTCDecoder.",
+        )
         if self.rule is None:
             self.resolved_rule(1)
 

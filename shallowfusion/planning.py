@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
+from shallowfusion.ctc.prefix_scorer import joint_scorers
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
@@ -17,12 +18,14 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread
 from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.scorers.byte_bridge import ByteBridge
 from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
 from shallowfusion.scorers.mixture import MixtureScorer
 from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
+from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
@@ -36,12 +39,10 @@ class SearchPlanner:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer, then those that need a bridge.
+        language_models: on the acoustic model's tokenizer, then those that need a bridge; the first on any, under a
+            delayed rule.
         internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
-        lm_bridge: how language models on another tokenizer are joined, None = they are refused.
-
-    Raises:
-        VocabularyError: a language model's tokens differ from the acoustic model's.
+        lm_bridge: how language models on another tokenizer are joined, None = only delayed.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class SearchPlanner:
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
-        self._bridges = Bridges(acoustic.scorer.vocabulary, self.language_models, lm_bridge)
+        bridged = self.language_models if lm_bridge is not None else ()
+        self._bridges = Bridges(acoustic.scorer.vocabulary, bridged, lm_bridge)
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
@@ -73,9 +75,26 @@ class SearchPlanner:
         own = ("asr", "lm") if rule.lm_mixture else self.source_names
         return (*own, "ilm") if rule.ilm_weight else own
 
+    def check(self, rule: Rule) -> None:
+        """Refuse language models that the rule cannot use.
+
+        Raises:
+            VocabularyError: a model's tokens differ from the acoustic model's, and the rule does not delay it.
+        """
+        require(
+            rule.delay is None or not self._bridges.languages,
+            "a delayed rule re-tokenises the text itself, so it goes without lm_bridge; leave one of the two out.",
+        )
+        known = self._bridges.shared if self._bridges.languages else self.language_models
+        for model in known[0 if rule.delay is None else 1 :]:
+            token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
+
     def _models_under(self, rule: Rule) -> Sequence[Any]:
+        """What the fused step hears beside the acoustic model."""
+        if rule.delay is not None:
+            return ()
         if not rule.lm_mixture:
-            return self._bridges.shared
+            return self._bridges.shared if self._bridges.languages else self.language_models
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def sources(
@@ -99,16 +118,31 @@ class SearchPlanner:
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
-        late: list[CandidateScorer] = []
-        count = len(self.language_models)
-        rule = options.resolved_rule(count)
-        if self._bridges.languages:
-            policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
-            temperatures = options.lm_temperatures(count)
-            late += self._bridges.sources(rule, policy, self.source_names[1:], temperatures, len(prefixes), plan.end_id)
-        bridged = {source.name for source in late}
-        names = tuple(name for name in self.names_under(rule) if name not in bridged)
-        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), tuple(late), rule)
+        delayed = self._late(options, plan, Context(prefixes, width, longest), clock)
+        joint = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
+        rule = options.resolved_rule(len(self.language_models))
+        bridged = self._bridged(options, rule, len(prefixes), plan.end_id)
+        late = (*delayed, *bridged, *joint)
+        named = {source.name for source in late}
+        names = tuple(name for name in self.names_under(rule) if name not in named)
+        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), late, rule)
+
+    def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[ByteBridge]:
+        if not self._bridges.languages:
+            return []
+        policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
+        temperatures = options.lm_temperatures(len(self.language_models))
+        return self._bridges.sources(rule, policy, self.source_names[1:], temperatures, utterances, end_id)
+
+    def _late(
+        self, options: DecodingOptions, plan: SearchPlan, context: Context, clock: StageClock
+    ) -> list[CandidateScorer]:
+        if plan.rule.delay is None or not self.language_models:
+            return []
+        policy = options.end_policy or plan.rule.end_policy or DEFAULT_END_POLICY
+        temperatures = options.lm_temperatures(len(self.language_models))
+        delayed = DelayedModels(self.language_models, self.source_names[1:], temperatures, policy)
+        return late_sources(plan.rule, delayed, self.acoustic.scorer.vocabulary, context, clock)
 
     def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
         if variant == "trained":
@@ -129,7 +163,7 @@ class SearchPlanner:
             rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         self._bridges.check(rule, policy)
-        fuses, rule = rule.fuses, self._bridges.shared_rule(rule)
+        fuses, rule = rule.fuses and bool(self._bridges.languages), self._bridges.shared_rule(rule)
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
         vocabularies = [model.vocabulary for model in self._models_under(rule)]
@@ -155,6 +189,7 @@ class SearchPlanner:
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
+            acoustic_weight=1.0 - options.ctc_weight,
             fuses_late=fuses,
             length_bonus=options.length_bonus,
             class_sources=class_sources(

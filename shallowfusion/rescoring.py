@@ -14,10 +14,10 @@ from torch import Tensor
 from shallowfusion.checks import integer
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.scorers.base import Context
+from shallowfusion.scorers.base import CachedScorer, Context
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 
-__all__ = ["score_texts", "score_texts_stepwise"]
+__all__ = ["score_continuations", "score_texts", "score_texts_stepwise"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,41 @@ def score_texts(
     if batch:
         found |= zip(batch, _read(scorer, tree, batch, include_end), strict=True)
     return [found[ids] for ids in sequences]
+
+
+def score_continuations(
+    scorer: CachedScorer,
+    encoder_output: Tensor,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[Sequence[int]]],
+) -> list[list[LogProbs]]:
+    """Log-prob of every token of every text of a batch of utterances under an attention decoder, the end token last.
+
+    Equal to the acoustic parts of the same tokens in a search. Texts of an utterance that begin alike are read once.
+
+    Price: one decoder pass over the distinct tokens of all texts; logits of 256 tokens at a time.
+
+    Args:
+        encoder_output: [utterances, frames, size].
+        prompts: tokens of each utterance that are read, not scored.
+        texts: token ids of the texts of each utterance, without end token; at least one text each.
+
+    Returns:
+        Per utterance one float32 array [tokens + 1] per text, nats; -inf all through for a text that does not fit the
+        scorer's window.
+    """
+    trees = [_Tree(prompt) for prompt in prompts]
+    fitting: list[list[Ids]] = []
+    for tree, own in zip(trees, texts, strict=True):
+        fitting.append([tuple(ids) for ids in own if len(tree.prompt) + len(ids) <= scorer.window])
+        for ids in fitting[-1]:
+            tree.add(ids)
+    hidden = scorer.trees_hidden_states([(tree.tokens, tree.parents) for tree in trees], encoder_output)
+    answers = []
+    for tree, own, known, states in zip(trees, texts, fitting, hidden, strict=True):
+        found = dict(zip(known, _asked(scorer, states, tree, known, True), strict=True))
+        answers.append([found.get(tuple(ids), np.full(len(ids) + 1, -np.inf, dtype=np.float32)) for ids in own])
+    return answers
 
 
 @torch.inference_mode()
@@ -167,10 +202,15 @@ class _Tree:
         return node, len(ids)
 
 
-@torch.inference_mode()
 def _read(scorer: CausalLMScorer, tree: _Tree, batch: Sequence[Ids], include_end: bool) -> list[LogProbs]:
     """One pass over a tree, then the log-probs each sequence asks of its nodes."""
-    hidden = scorer.tree_hidden_states(tree.tokens, tree.parents)
+    return _asked(scorer, scorer.tree_hidden_states(tree.tokens, tree.parents), tree, batch, include_end)
+
+
+@torch.inference_mode()
+def _asked(
+    scorer: CachedScorer, hidden: Tensor, tree: _Tree, batch: Sequence[Ids], include_end: bool
+) -> list[LogProbs]:
     end = (scorer.vocabulary.end_id,) if include_end else ()
     wanted = [(node, token) for ids in batch for node, token in zip(tree.path(ids), (*ids, *end), strict=False)]
     places = {pair: i for i, pair in enumerate(dict.fromkeys(sorted(wanted)))}
@@ -183,7 +223,7 @@ def _read(scorer: CausalLMScorer, tree: _Tree, batch: Sequence[Ids], include_end
     return found
 
 
-def _log_probs(scorer: CausalLMScorer, hidden: Tensor, pairs: Sequence[tuple[int, int]]) -> LogProbs:
+def _log_probs(scorer: CachedScorer, hidden: Tensor, pairs: Sequence[tuple[int, int]]) -> LogProbs:
     """Log-prob of each (node, token), pairs sorted by node; few rows of logits exist at a time."""
     found = np.zeros(len(pairs), dtype=np.float32)
     nodes = sorted({node for node, _ in pairs})

@@ -35,10 +35,12 @@ class Timing:
     Args:
         stages: "audio", "features", "encoder", "asr", "lm", "fusion", "search", "text".
         audio_seconds: length of all recordings of the batch.
+        counts: of a delayed language model: "llm_calls", and "llm_tokens" it read in them.
     """
 
     stages: Mapping[str, float]
     audio_seconds: float
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -93,9 +95,13 @@ class Transcription:
         ratio = compression_ratio(best.text)
         return (Segment(0, 0.0, self.duration, best.text, best.token_ids, average, ratio),)
 
-    def rerank(self, rule: Rule, length_penalty: float = 1.0, length_bonus: float = 0.0) -> Transcription:
-        """The same hypotheses ranked under another rule from their stored parts; no model runs."""
-        ranked = rescore(list(self.n_best), rule, length_penalty=length_penalty, length_bonus=length_bonus)
+    def rerank(
+        self, rule: Rule, length_penalty: float = 1.0, length_bonus: float = 0.0, ctc_weight: float | None = None
+    ) -> Transcription:
+        """The same hypotheses ranked under another rule from their stored parts (`rescore`); no model runs."""
+        ranked = rescore(
+            self.n_best, rule, length_penalty=length_penalty, length_bonus=length_bonus, ctc_weight=ctc_weight
+        )
         return Transcription(self.source, tuple(ranked), self.language, self.duration, rule, self.timing, self.error)
 
     def to_whisper(self) -> dict[str, Any]:
@@ -126,7 +132,9 @@ class Transcription:
             "flags": list(self.flags),
             "rule": repr(self.rule),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
-            "timing": None if self.timing is None else {**self.timing.stages, "rtfx": self.timing.rtfx},
+            "timing": None
+            if self.timing is None
+            else {**self.timing.stages, **self.timing.counts, "rtfx": self.timing.rtfx},
         }
 
 

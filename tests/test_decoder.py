@@ -193,9 +193,13 @@ def test_bad_calls_are_refused_with_a_reason() -> None:
         FusionDecoder.from_pretrained(ASR, device="abacus")
 
 
-def test_a_language_model_with_other_tokens_is_refused() -> None:
-    with pytest.raises(VocabularyError, match="no counterpart"):
-        FusionDecoder(decoder().acoustic, [tiny.tiny_lm()])
+def test_a_language_model_with_other_tokens_is_refused_unless_it_is_delayed() -> None:
+    model = FusionDecoder(decoder().acoustic, [tiny.tiny_lm()])
+    for rule in (None, fusion.static(0.3), fusion.delayed(0.3, unit="tokens")):
+        with pytest.raises(VocabularyError, match=r"no counterpart.*fusion\.delayed"):
+            model.transcribe([clip(2)], rule=rule)
+    with pytest.raises(VocabularyError, match="made without a tokenizer"):
+        model.transcribe([clip(2)], rule=fusion.delayed(0.3))
 
 
 def test_multilingual_models_get_language_and_task_tokens_and_detect_the_language() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shallowfusion.cli.configuration import load_decoder
 from shallowfusion.cli.transcribe import add_model_options, progress
 from shallowfusion.config import require
 from shallowfusion.options import DecodingOptions
@@ -47,13 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     given = [f"--{name}" for name in ("config", "calibration") if getattr(arguments, name) is not None]
     require(not given, f"calibrate measures the models as they are; leave {' and '.join(given)} out.")
     require(arguments.batch_size >= 1, f"--batch-size must be at least 1, got {arguments.batch_size}.")
-    from shallowfusion.decoder import FusionDecoder
     from shallowfusion.evaluation.manifest import read_manifest
     from shallowfusion.training.calibration import Calibration, calibrate
 
     dev = [recording for recording in read_manifest(arguments.dev) if not recording.is_silence]
     require(bool(dev), f"{arguments.dev} holds silent recordings alone, wanted some with references.")
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     options = DecodingOptions(language=arguments.language, batch_size=arguments.batch_size)
     models = calibrate(decoder, _batches(decoder, dev, arguments.batch_size), options)
     found = Calibration(models, arguments.criterion, f"{len(dev)} utterances of {arguments.dev.name}")

@@ -12,7 +12,7 @@ from shallowfusion.options import DecodingOptions
 if TYPE_CHECKING:
     from shallowfusion.decoder import FusionDecoder
 
-__all__ = ["add_configuration", "apply_configuration", "configured"]
+__all__ = ["add_configuration", "apply_configuration", "configured", "load_decoder"]
 
 _IN_THE_FILE = ("asr", "lm", "rule", "lm_weight", "initial_steps", "ramp", "catch_up", "calibration")
 
@@ -44,8 +44,24 @@ def apply_configuration(arguments: argparse.Namespace) -> None:
     for name, value in found.options.items():
         if name == "suppress_blank":
             arguments.keep_blank = arguments.keep_blank or not value
-        elif getattr(arguments, name) is None:
-            setattr(arguments, name, _as_argument(value))
+        elif name == "hotwords":
+            arguments.hotword = arguments.hotword or [f"{text}={weight}" for text, weight in value.items()]
+        else:
+            require(
+                hasattr(arguments, name),
+                f"{arguments.config} sets {name}, which the command line has no option for; take it out.",
+            )
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, _as_argument(value))
+
+
+def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:
+    """The models that the options of `add_model_options` name."""
+    from shallowfusion.decoder import FusionDecoder
+
+    return FusionDecoder.from_pretrained(
+        arguments.asr, arguments.lm, arguments.device, arguments.dtype, arguments.internal_context
+    )
 
 
 def configured(arguments: argparse.Namespace, decoder: FusionDecoder, options: DecodingOptions) -> DecodingOptions:

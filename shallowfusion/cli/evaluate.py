@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shallowfusion.cli.configuration import apply_configuration, configured
+from shallowfusion.cli.configuration import apply_configuration, configured, load_decoder
 from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from, progress
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
@@ -245,7 +245,7 @@ class _Systems:
         from shallowfusion.decoder import FusionDecoder
 
         self._arguments, self._store = arguments, store
-        self._fused = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+        self._fused = load_decoder(arguments)
         self._alone = FusionDecoder(self._fused.acoustic)
 
     def run(self, is_fused: bool, recordings: Sequence[Any], options: DecodingOptions, title: str) -> Any:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shallowfusion.cli.configuration import apply_configuration, configured
+from shallowfusion.cli.configuration import apply_configuration, configured, load_decoder
 from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from
 from shallowfusion.config import require
 
@@ -39,12 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     require(arguments.alternatives >= 1, f"--alternatives must be at least 1, got {arguments.alternatives}.")
     options = options_from(arguments)
-    from shallowfusion.decoder import FusionDecoder
     from shallowfusion.evaluation.pages import write_page
     from shallowfusion.training.explanation import explain
     from shallowfusion.training.explanation_page import explanation_data, explanation_lines, explanation_page
 
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     options = configured(arguments, decoder, options)
     found = explain(decoder, arguments.recording, options, arguments.alternatives)
     if arguments.html is not None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from shallowfusion import __version__
-from shallowfusion.cli import build_ngram, calibrate, demo, evaluate, explain, train_gate, transcribe, tune
+from shallowfusion.cli import build_ngram, calibrate, demo, evaluate, explain, train_gate, train_ilm, transcribe, tune
 from shallowfusion.errors import ShallowFusionError
 
 __all__ = ["main"]
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_parser(commands)
     calibrate.add_parser(commands)
     train_gate.add_parser(commands)
+    train_ilm.add_parser(commands)
     demo.add_parser(commands)
     build_ngram.add_parser(commands)
     chosen = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shallowfusion.cli.configuration import configured
+from shallowfusion.cli.configuration import configured, load_decoder
 from shallowfusion.cli.transcribe import add_model_options, progress
 from shallowfusion.config import require
 from shallowfusion.evaluation.normalisation import NORMALISERS
@@ -63,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     require(arguments.asr is not None, "give a Whisper-type model with --asr.")
     require(bool(arguments.lm), "train-gate weighs language models; give one with --lm.")
     require(arguments.config is None, "train-gate makes a rule and reads none; leave --config out.")
-    from shallowfusion.decoder import FusionDecoder
     from shallowfusion.evaluation.manifest import check_disjoint, read_manifest
     from shallowfusion.evaluation.normalisation import normaliser
     from shallowfusion.training.gate_data import GateSet
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         beam_size=arguments.beam_size, batch_size=arguments.batch_size, language=arguments.language
     )
     normalise = normaliser(arguments.normaliser)
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     options = configured(arguments, decoder, options)
     with tempfile.TemporaryDirectory() as directory:
         encoded = EncodedSet(decoder, Path(directory))

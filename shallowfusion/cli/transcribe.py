@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured
+from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured, load_decoder
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
@@ -17,14 +18,17 @@ from shallowfusion.results import Transcription
 
 __all__ = ["add_decoding_options", "add_model_options", "add_parser", "options_from", "progress", "run"]
 
+Transcriber = Callable[[list[str]], list[Transcription]]
+
 NUMBER = {"int": int, "float": float}
+CTC_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "transcribe",
         help="transcribe recordings",
-        description="Transcribe recordings of up to 30 s with a Whisper-type model, optionally fused with language "
+        description="Transcribe recordings with a Whisper-type model (up to 30 s) or a CTC model, fused with language "
         "models. Exit code 2 if any recording fails; the others are transcribed all the same.",
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
@@ -38,19 +42,49 @@ def run(arguments: argparse.Namespace) -> int:
     apply_configuration(arguments)
     require(arguments.asr is not None, "give a Whisper-type model with --asr, or a decoder file with --config.")
     options = options_from(arguments)
-    from shallowfusion.decoder import FusionDecoder
+    from shallowfusion.ctc.models import is_ctc_model
 
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
-    options = configured(arguments, decoder, options)
+    transcribe = (_ctc_transcriber if is_ctc_model(arguments.asr) else _transcriber)(arguments, options)
     failed = 0
     batches = range(0, len(arguments.recordings), options.batch_size)
     for start in progress(batches, f"{len(arguments.recordings)} recordings"):
-        for result in decoder.transcribe(arguments.recordings[start : start + options.batch_size], options):
+        for result in transcribe(arguments.recordings[start : start + options.batch_size]):
             failed += result.error is not None
             _show(result, arguments.json, len(arguments.recordings) > 1)
     if failed:
         print(f"shallowfusion: {failed} of {len(arguments.recordings)} recordings failed, see above", file=sys.stderr)
     return 2 if failed else 0
+
+
+def _transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
+    decoder = load_decoder(arguments)
+    chosen = configured(arguments, decoder, options)
+    return lambda recordings: decoder.transcribe(recordings, chosen)
+
+
+def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
+    """CTC models know few of the options; the others are errors, not ignored."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_decoding_options(parser)
+    given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
+    unused = [name for name in given if name not in CTC_OPTIONS]
+    unused += [name for name in ("config", "calibration", "internal_context") if getattr(arguments, name, None)]
+    require(not unused, f"{arguments.asr} is a CTC model, for which {', '.join(unused)} mean nothing; leave them out.")
+    require(
+        len(arguments.lm) <= 1 and len(arguments.lm_weight) <= 1,
+        f"a CTC model takes one --lm NAME.arpa of words and one --lm-weight, got {len(arguments.lm)} and "
+        f"{len(arguments.lm_weight)}.",
+    )
+    from shallowfusion.ctc.decoder import CTCDecoder
+
+    lm = arguments.lm[0] if arguments.lm else None
+    decoder = CTCDecoder.from_pretrained(arguments.asr, lm, arguments.device, arguments.dtype)
+    chosen: dict[str, Any] = {"length_bonus": options.length_bonus}
+    if arguments.beam_size is not None:
+        chosen["beam_size"] = arguments.beam_size
+    if arguments.lm_weight:
+        chosen["lm_weight"] = arguments.lm_weight[0]
+    return lambda recordings: decoder.transcribe(recordings, None, options.n_best, options.batch_size, **chosen)
 
 
 def options_from(arguments: argparse.Namespace) -> DecodingOptions:
@@ -122,6 +156,7 @@ def _numbers() -> dict[str, tuple[type, str]]:
     return {
         "beam_size": (int, "live hypotheses per recording (default: 5)"),
         "n_best": (int, "hypotheses returned (default: 1)"),
+        "ctc_weight": (float, "share of the model's CTC head, 0 to below 1 (default: 0)"),
         "length_bonus": (float, "nats per token (default: 0)"),
         "patience": (float, "stop rule whisper: waits for beam_size * patience hypotheses (default: 1)"),
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
@@ -150,14 +185,17 @@ def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
 
 def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Options that say which models run, and where."""
-    parser.add_argument("--asr", required=is_required, help="Whisper-type model: hub id or local directory")
+    parser.add_argument("--asr", required=is_required, help="Whisper-type or CTC model: hub id or local directory")
     parser.add_argument(
         "--lm",
         action="append",
         default=[],
-        help="language model on the same tokenizer, or NAME.arpa of its pieces; repeatable",
+        help="language model on the same tokenizer, or NAME.arpa of its pieces (for a CTC model: of words); repeatable",
     )
     add_configuration(parser)
+    parser.add_argument(
+        "--internal-context", default=None, metavar="FILE", help="of train-ilm, for internal_lm(..., variant='trained')"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
 

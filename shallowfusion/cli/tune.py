@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shallowfusion.cli.configuration import configured
+from shallowfusion.cli.configuration import configured, load_decoder
 from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from, progress
 from shallowfusion.config import require
 from shallowfusion.evaluation.normalisation import NORMALISERS
@@ -68,7 +68,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from shallowfusion.decoder import FusionDecoder
     from shallowfusion.evaluation.manifest import check_disjoint, read_manifest
     from shallowfusion.evaluation.normalisation import normaliser
     from shallowfusion.evaluation.stored import HypothesisStore
@@ -84,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.beam_size = 10
     options = options_from(arguments)
     normalise = normaliser(arguments.normaliser, arguments.spellings)
-    decoder = FusionDecoder.from_pretrained(arguments.asr, arguments.lm, arguments.device, arguments.dtype)
+    decoder = load_decoder(arguments)
     options = configured(arguments, decoder, options)
     encoded = EncodedSet(decoder, arguments.out / "encoded")
     encoded.make([*dev, *test], progress, options.batch_size)
@@ -120,8 +119,15 @@ def _settings(arguments: argparse.Namespace) -> Any:
 def _systems(found: Tuning) -> dict[str, Tried]:
     """The best constant weight, if it was not chosen itself, and the choice."""
     best = found.best_static
-    systems = {} if best.rule == found.chosen.rule else {f"best constant: {best.rule}": best}
-    return systems | {f"chosen: {found.chosen.rule}": found.chosen}
+    systems = {} if best.rule == found.chosen.rule else {f"best constant: {_shown(best)}": best}
+    return systems | {f"chosen: {_shown(found.chosen)}": found.chosen}
+
+
+def _shown(own: Tried) -> str:
+    """The rule with what else was tuned and differs from the defaults."""
+    bonus, threshold = own.options.length_bonus, own.options.end_threshold
+    shown = f"{own.rule}, length_bonus={bonus:g}" if bonus else own.rule
+    return shown if threshold == 1.5 else f"{shown}, end_threshold={threshold}"
 
 
 def _evaluated(own: TunedSet, found: Tuning, systems: dict[str, Tried]) -> Evaluation:
@@ -166,8 +172,7 @@ def _write(
     print(f"{len(found.tried)} rules decoded on {len(dev.recordings)} development utterances, fewest errors first")
     print(f"{found.baseline.num_errors:5d}  acoustic model alone")
     for own in sorted(found.tried, key=lambda tried: tried.num_errors)[:10]:
-        bonus = f", length_bonus={own.options.length_bonus:g}" if own.options.length_bonus else ""
-        print(f"{own.num_errors:5d}  {own.rule}{bonus}, end_threshold={own.options.end_threshold}")
+        print(f"{own.num_errors:5d}  {_shown(own)}")
     if on_test is None:
         print("no test set was given (--test): figures of the development set flatter the choice made on it")
     else:

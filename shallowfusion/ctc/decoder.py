@@ -8,18 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from shallowfusion.audio.reading import read_audio
+from shallowfusion.checks import integer
 from shallowfusion.config import require
+from shallowfusion.ctc.models import CtcModel, load_ctc_model
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
-from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.ngrams.table import NgramTable
 from shallowfusion.results import Transcription
+from shallowfusion.scorers.loading import choose_device, choose_dtype
 from shallowfusion.values import Hypothesis, Token
 
 __all__ = ["CTCDecoder"]
 
 logger = logging.getLogger(__name__)
+
+SHORTEST_SECONDS = 0.1  # models need a few frames
 
 
 class CTCDecoder:
@@ -56,6 +64,82 @@ class CTCDecoder:
         self.language = _language(lm)
         self.frame_seconds = frame_seconds
         self._search = CtcSearch(self.alphabet, CtcOptions(), self.language, threads)
+        self.model: CtcModel | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        asr: str | Path,
+        lm: str | Path | NgramTable | CtcLanguage | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        threads: int | None = None,
+    ) -> CTCDecoder:
+        """Load a CTC model of transformers (wav2vec2, HuBERT, WavLM, Parakeet, ...) by hub id or local directory.
+
+        Labels, blank and word delimiter come from its tokenizer. Spell the words of an `lm` as the labels do.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        where = choose_device(device)
+        model = load_ctc_model(str(asr), where, choose_dtype(dtype, where))
+        made = cls(model.labels, model.blank, model.delimiter, lm, model.word_start, model.frame_seconds, threads)
+        made.model = model
+        return made
+
+    def transcribe(
+        self, recordings: Any, options: CtcOptions | None = None, n_best: int = 1, batch_size: int = 8, **names: Any
+    ) -> list[Transcription]:
+        """Transcribe recordings with the loaded model.
+
+        Args:
+            recordings: one or a list of: path; float array or tensor [samples] or [channels, samples] at the model's
+                rate; {"array": samples, "sampling_rate": rate}.
+            options: or option names as keywords.
+            n_best: hypotheses per recording.
+            batch_size: recordings decoded together.
+
+        Returns:
+            One result per recording, in order; one that failed has `error` set, the others go on.
+
+        Raises:
+            InvalidArgumentError: bad options, no recordings, or a decoder without a model.
+        """
+        require(self.model is not None, "this decoder has no acoustic model; make it with CTCDecoder.from_pretrained.")
+        items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
+        require(len(items) > 0, "recordings must hold at least one recording, got an empty list.")
+        integer("batch_size", batch_size, 1, 1_000_000)
+        self.search(options, **names)
+        results = []
+        for first in range(0, len(items), batch_size):
+            results += self._batch(items[first : first + batch_size], first, options, n_best, names)
+        return results
+
+    def _batch(
+        self, items: Sequence[Any], first: int, options: CtcOptions | None, n_best: int, names: dict[str, Any]
+    ) -> list[Transcription]:
+        assert self.model is not None
+        sources = [str(item) if isinstance(item, (str, Path)) else f"array {first + i}" for i, item in enumerate(items)]
+        failed: dict[int, Transcription] = {}
+        samples = []
+        for i, item in enumerate(items):
+            try:
+                own = read_audio(item, self.model.sampling_rate)
+                if len(own) < SHORTEST_SECONDS * self.model.sampling_rate:
+                    raise AudioError(
+                        f"{sources[i]} is too short: {len(own)} samples; give {SHORTEST_SECONDS} s or more."
+                    )
+                samples.append(own)
+            except ShallowFusionError as error:
+                failed[i] = Transcription(sources[i], error=error)
+                logger.error("%s was not transcribed: %s", sources[i], error)
+        decoded = iter(self.decode(*self.model.log_probs(samples), options, n_best, **names) if samples else [])
+        seconds = iter(len(own) / self.model.sampling_rate for own in samples)
+        return [
+            failed.get(i) or dataclasses.replace(next(decoded), source=source, duration=next(seconds))
+            for i, source in enumerate(sources)
+        ]
 
     def search(self, options: CtcOptions | None = None, **names: Any) -> CtcSearch:
         """The search with these options, for decoding chunk by chunk and for times of labels and words."""

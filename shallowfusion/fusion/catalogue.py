@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shallowfusion.config import require
+from shallowfusion.fusion.delays import Delay, ProxyForm, ScoreSpan, SpellingUnit, Tail, Trigger
 from shallowfusion.fusion.gates import (
     AgreementGate,
     ConfidenceGate,
@@ -26,6 +27,7 @@ __all__ = [
     "article",
     "by_class",
     "confidence_gate",
+    "delayed",
     "entropy_gate",
     "evidence_gate",
     "gated",
@@ -168,6 +170,32 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
             the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer).
     """
     return Rule("internal_lm", as_weights(weight), ilm_weight=ilm_weight, ilm_variant=variant)
+
+
+def delayed(
+    weight: float,
+    trigger: Trigger = "hybrid",
+    interval: int | None = 8,
+    score_span: ScoreSpan = "all",
+    *,
+    proxy_weight: float | None = None,
+    proxy_form: ProxyForm = "replace",
+    unit: SpellingUnit = "auto",
+    tail: Tail = "mean",
+    lower: bool = False,
+) -> Rule:
+    """asr + weight * lm of the words so far, asked only of what survived, on any tokenizer (2501.09258; METHODS 4).
+
+    For models that are dear or tokenise otherwise. The total of a finished hypothesis is that of `static`; on the way
+    it lacks what the language model was not asked yet. With the same tokenizer and interval=1 this is shallow fusion
+    that prunes first; with interval=None it is rescoring of the final beam. See `Delay` for the other names.
+
+    Args:
+        proxy_weight: of a second language model, on the acoustic tokens, that scores every step; None = there is none.
+    """
+    weights = (weight,) if proxy_weight is None else (weight, proxy_weight)
+    delay = Delay(trigger, interval, score_span, unit, tail, lower, proxy_form)
+    return Rule("delayed", weights, delay=delay)
 
 
 def learned(path: str | Path, form: Form = "local") -> Rule:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from shallowfusion.config import require
+from shallowfusion.fusion.delays import Delay
 from shallowfusion.fusion.gates import FORMS, Form, Gate
 from shallowfusion.fusion.mixtures import Mixture
 from shallowfusion.values import Normalize
@@ -44,6 +45,7 @@ class Rule:
         class_factors: factors of the language models' weights for classes of tokens, by name (see `token_classes`).
         ilm_weight: of the acoustic model's internal language model, which is subtracted; `ilm_variant` says how it is
             had.
+        delay: the first language model is asked late, about hypotheses that survived; the second is its stand-in.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Rule:
     class_factors: tuple[tuple[str, float], ...] = ()
     ilm_weight: float = 0.0
     ilm_variant: IlmVariant = "zero_context"
+    delay: Delay | None = None
 
     def __post_init__(self) -> None:
         for weight in self.lm_weights:
@@ -92,8 +95,13 @@ class Rule:
                 f"the factor of the class {name!r} must be finite and >= 0, got {factor!r}.",
             )
         require(
-            not (self.class_factors and (self.gate or self.mixture or self.ilm_weight)),
+            not (self.class_factors and (self.gate or self.mixture or self.ilm_weight or self.delay)),
             "factors by token class go with constant and piecewise weights only.",
+        )
+        timed = self.initial_steps or self.ramp or self.catch_up
+        require(
+            not (self.delay and (self.gate or self.mixture or self.lm_mixture or timed)),
+            "a delayed rule has one constant weight, and one for a stand-in; fusion.delayed makes it.",
         )
         require(not (self.gate and self.mixture), "a rule has a gate or a mixture, got both.")
         require(

@@ -25,6 +25,12 @@ class StepWeights:
     weights: Tensor
     shift: Tensor | None = None
 
+    def with_acoustic(self, weight: float) -> StepWeights:
+        """The same with the first source's weight multiplied."""
+        if weight == 1.0:
+            return self
+        return replace(self, weights=torch.cat([weight * self.weights[:, :1], self.weights[:, 1:]], dim=1))
+
 
 def step_weights(rule: Rule, view: StepView) -> StepWeights:
     """Weights of the acoustic model, the language models and, last, of an internal LM that the rule subtracts.
@@ -37,7 +43,7 @@ def step_weights(rule: Rule, view: StepView) -> StepWeights:
         if rule.share_at(view.step) == 0:
             return StepWeights(torch.tensor([1.0, 0.0]).expand(rows, 2))
         return StepWeights(_finite(rule.mixture.weights(view)))
-    plain = [1.0, *rule.weights_at(view.step)]
+    plain = [1.0] if rule.delay is not None else [1.0, *rule.weights_at(view.step)]  # delayed models speak elsewhere
     subtracted = [-rule.ilm_weight * rule.share_at(view.step)] if rule.ilm_weight else []
     weights = torch.tensor([*plain, *subtracted], device=device).expand(rows, -1)
     if rule.gate is None or not any(plain[1:]):

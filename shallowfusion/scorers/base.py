@@ -189,6 +189,39 @@ class CachedScorer(ABC):
             state.encoder_output = state.encoder_output[: len(order)]
         return state
 
+    @torch.inference_mode()
+    def trees_hidden_states(
+        self, trees: Sequence[tuple[Sequence[int], Sequence[int]]], encoder_output: Tensor | None = None
+    ) -> Tensor:
+        """One pass over a tree of tokens per utterance; each token sees itself and its ancestors.
+
+        Args:
+            trees: tokens and parents: the node before each, -1 for the first, a parent always before its children.
+            encoder_output: [utterances, frames, size] for acoustic scorers.
+
+        Returns:
+            [utterances, nodes, size]; what lies beyond the nodes of an utterance means nothing.
+        """
+        count, longest = len(trees), max(len(tokens) for tokens, _ in trees)
+        seen = torch.eye(longest, dtype=torch.bool).repeat(count, 1, 1)  # padding sees itself, or it would be NaN
+        ids = torch.zeros((count, longest), dtype=torch.int64)
+        for i, (tokens, parents) in enumerate(trees):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            for node, parent in enumerate(parents):
+                if parent >= 0:
+                    seen[i, node] |= seen[i, parent]
+        positions = (seen.sum(dim=2) - 1).to(self.device)
+        slots = torch.arange(longest, device=self.device).expand(count, longest)
+        state = DecoderState(
+            logits=torch.empty(0),
+            slots=BeamSlots(count, longest, self.device),
+            cache=decoder_cache(self.num_layers, self.has_cross_attention),
+            lengths=np.zeros((count, 1), dtype=np.int64),
+            histories=[[()]] * count,
+            encoder_output=encoder_output,
+        )
+        return self._pass(state, ids.to(self.device), positions, SlotPlan(slots, seen[:, None].to(self.device)))
+
     def end_scores(self, state: DecoderState) -> Tensor:
         """Log-prob of the end token in the latest logits, float32 [rows]."""
         return torch.log_softmax(state.logits.float(), dim=1)[:, self.vocabulary.end_id]

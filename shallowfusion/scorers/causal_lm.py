@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shallowfusion.scorers.base import CachedScorer, DecoderState
-from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache
+from shallowfusion.scorers.slots import SlotPlan
 from shallowfusion.text.vocabulary import Vocabulary
 
 __all__ = ["CausalLMScorer"]
@@ -39,14 +38,24 @@ class CausalLMScorer(CachedScorer):
         return [self.vocabulary.end_id if begin is None else begin, *text_ids]
 
     def hidden_states(self, state: DecoderState, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        return self._hidden(state.cache, token_ids, positions, plan)
+
+    def _hidden(self, cache: Any, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
         hidden: Tensor = self.model.base_model(
             input_ids=token_ids,
             position_ids=positions,
             attention_mask=plan.visible,
-            past_key_values=state.cache,
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+    @torch.inference_mode()
+    def read(self, cache: Any, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        """One pass over [utterances, queries] tokens at any slots of a cache of slot layers -> [.., .., size]."""
+        for layer in cache.layers:
+            layer.plan = plan
+        return self._hidden(cache, token_ids, positions, plan)
 
     @torch.inference_mode()
     def tree_hidden_states(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
@@ -55,23 +64,7 @@ class CausalLMScorer(CachedScorer):
         Args:
             parents: the node before each; -1 for the first token of all, a parent always before its children.
         """
-        count = len(token_ids)
-        seen = torch.zeros((count, count), dtype=torch.bool)
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                seen[node] = seen[parent]
-            seen[node, node] = True
-        positions = seen.sum(dim=1)[None] - 1
-        plan = SlotPlan(torch.arange(count, device=self.device)[None], seen.to(self.device)[None, None])
-        state = DecoderState(
-            logits=torch.empty(0),
-            slots=BeamSlots(1, count, self.device),
-            cache=decoder_cache(self.num_layers, self.has_cross_attention),
-            lengths=np.zeros((1, 1), dtype=np.int64),
-            histories=[[()]],
-        )
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        return self._pass(state, ids, positions.to(self.device), plan)[0]
+        return self.trees_hidden_states([(token_ids, parents)])[0]
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shallowfusion.config import require
+from shallowfusion.errors import ModelError
 from shallowfusion.scorers.base import Context, DecoderState
 from shallowfusion.scorers.slots import SlotPlan
 from shallowfusion.scorers.whisper import WhisperScorer
 
-__all__ = ["InternalLMScorer"]
+__all__ = ["InternalLMScorer", "read_internal_context"]
 
 SMALLEST_LOG_PROB = -20.0
 
@@ -76,3 +78,21 @@ class InternalLMScorer(WhisperScorer):
         if self.substitute is None:
             return encoder_output.new_zeros((utterances, 1, size))
         return self.substitute.to(encoder_output).expand(utterances, -1, -1)
+
+
+def read_internal_context(path: str | Path) -> Tensor:
+    """Encoder output [frames, size] that `shallowfusion train-ilm` stored.
+
+    Raises:
+        ModelError: no such file, or another kind of file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: Tensor = load_file(str(path))["internal_context"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelError(
+            f"{path} holds no trained internal context ({error}); make one with shallowfusion train-ilm."
+        ) from error
+    return found

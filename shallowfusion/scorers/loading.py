@@ -13,6 +13,7 @@ from shallowfusion.errors import InvalidArgumentError, ModelError
 from shallowfusion.features.log_mel import FeatureSettings
 from shallowfusion.ngrams.arpa import is_arpa, read_arpa
 from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.ctc_head import CtcHead, load_ctc_head
 from shallowfusion.scorers.ngram import NgramScorer
 from shallowfusion.scorers.whisper import WhisperScorer
 from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
@@ -67,10 +68,11 @@ class AcousticModel:
     tokenizer: Any
     features: FeatureSettings
     tokens: WhisperTokens
+    ctc_head: CtcHead | None = None
 
 
 def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> AcousticModel:
-    """A Whisper model, its tokenizer, feature settings and special tokens.
+    """A Whisper model, its tokenizer, feature settings, special tokens and, in a local directory, its CTC head.
 
     Raises:
         ModelError: no such directory or hub id, no weights, or not a Whisper model.
@@ -82,7 +84,7 @@ def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> Acousti
     if config.model_type != "whisper":
         raise ModelError(
             f"{name} is a {config.model_type!r} model, wanted a Whisper-type model (model_type 'whisper'); "
-            "a language model goes to lm=..."
+            "a language model goes to lm=..., a CTC model to CTCDecoder.from_pretrained."
         )
     model = _loaded(
         WhisperForConditionalGeneration.from_pretrained,
@@ -95,7 +97,8 @@ def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> Acousti
     model = model.to(device).eval()
     tokens = whisper_tokens(model, tokenizer)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, tokens.end, name=name)
-    return AcousticModel(name, WhisperScorer(model, vocabulary), tokenizer, _feature_settings(name), tokens)
+    head = load_ctc_head(name, config.d_model, config.vocab_size, device)
+    return AcousticModel(name, WhisperScorer(model, vocabulary), tokenizer, _feature_settings(name), tokens, head)
 
 
 def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> CausalLMScorer:

@@ -28,10 +28,12 @@ class SlotPlan:
     Args:
         slots: int64 [utterances, queries].
         visible: bool [utterances, 1, queries, slots], the attention mask.
+        lanes: int64 [utterances], where in the cache each of them lies; None = in order, and then nothing is copied.
     """
 
     slots: Tensor
     visible: Tensor
+    lanes: Tensor | None = None
 
     @property
     def num_slots(self) -> int:
@@ -61,9 +63,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         slots, used = self.plan.slots, self.plan.num_slots
         self.keys = _with_capacity(self.keys, used)
         self.values = _with_capacity(self.values, used)
-        lanes = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        self.keys.index_put_((lanes, slots), key_states.transpose(1, 2))
-        self.values.index_put_((lanes, slots), value_states.transpose(1, 2))
+        chosen = self.plan.lanes
+        lanes = torch.arange(slots.shape[0], device=slots.device) if chosen is None else chosen
+        self.keys.index_put_((lanes[:, None], slots), key_states.transpose(1, 2))
+        self.values.index_put_((lanes[:, None], slots), value_states.transpose(1, 2))
+        if chosen is not None:
+            return self.keys[chosen, :used].transpose(1, 2), self.values[chosen, :used].transpose(1, 2)
         active = slots.shape[0]
         return self.keys[:active, :used].transpose(1, 2), self.values[:active, :used].transpose(1, 2)
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CandidateArrays", "CandidateScorer", "with_candidate_scores"]
+__all__ = ["CandidateArrays", "CandidateScorer", "owed_of", "with_candidate_scores"]
 
 Array = npt.NDArray[Any]
 
@@ -40,6 +40,10 @@ class CandidateScorer(Protocol):
     """A source that is too dear or too sparse to score every token: CTC prefixes, word n-grams, delayed LMs.
 
     One object serves one batch of searches and remembers its live rows, at first one per utterance.
+
+    A source that speaks late may have an attribute `owed`, float [utterances, rows]: what it says, since the last step,
+    of what the live rows had said before. The search adds it to their totals after `keep`, and the increments of the
+    next step's candidates hold it, so that the parts of a hypothesis sum to what its total holds.
 
     Args:
         name: of its part in the results.
@@ -81,7 +85,9 @@ def with_candidate_scores(
     exists = found.lanes >= 0
     for scorer in scorers:
         increments = np.where(exists, scorer.increments(found.lanes, found.tokens), 0.0)
-        totals = totals + (scorer.weight * increments if scorer.weight else 0.0)
+        owed = owed_of(scorer)
+        new = increments if owed is None else increments - np.take_along_axis(owed, np.maximum(found.lanes, 0), axis=1)
+        totals = totals + (scorer.weight * np.where(exists, new, 0.0) if scorer.weight else 0.0)
         parts.append(increments[:, :, None].astype(np.float32))
     order = np.argsort(-totals, axis=1, kind="stable")[:, :num_candidates]
     kept = np.take_along_axis(totals, order, axis=1).astype(np.float32)
@@ -93,3 +99,8 @@ def with_candidate_scores(
         tokens=np.where(possible, np.take_along_axis(found.tokens, order, axis=1), -1),
         parts=np.where(possible[:, :, None], np.take_along_axis(np.concatenate(parts, 2), order[:, :, None], 1), 0.0),
     )
+
+
+def owed_of(scorer: CandidateScorer) -> Array | None:
+    """What a source that speaks late has said of the live rows since their last token; see `CandidateScorer`."""
+    return getattr(scorer, "owed", None)

@@ -40,6 +40,7 @@ class SearchPlan:
         min_new_tokens: the end token is forbidden before this many tokens.
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
+        acoustic_weight: of the first source; the rest of 1 is that of a late source such as CTC.
         fuses_late: end_threshold holds even where the rule, which knows nothing of late sources, does not fuse.
         class_sources: second looks at sources for tokens whose weight differs.
         phrases: favoured token sequences; `vocab_size`: of the acoustic model, wanted with phrases.
@@ -56,6 +57,7 @@ class SearchPlan:
     first_suppressed: tuple[int, ...] = ()
     min_new_tokens: int = 0
     end_threshold: float | None = None
+    acoustic_weight: float = 1.0
     fuses_late: bool = False
     length_bonus: float = 0.0
     class_sources: tuple[ClassSource, ...] = ()
@@ -71,17 +73,29 @@ class SearchPlan:
 
 @dataclass
 class StageClock:
-    """Seconds and calls per stage of one or more searches."""
+    """Seconds and calls per stage of one or more searches; a stage within another counts for itself alone.
+
+    Args:
+        counts: what sources count beside time, by name.
+    """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _within: list[float] = field(default_factory=list)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - start
-        self.calls[stage] += 1
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] += spent - self._within.pop()
+            self.calls[stage] += 1
+            if self._within:
+                self._within[-1] += spent
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,13 @@ from shallowfusion.fusion.gates import StepView
 from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
 from shallowfusion.search.boosting import PhraseBooster
-from shallowfusion.search.candidates import WIDENING, CandidateArrays, CandidateScorer, with_candidate_scores
+from shallowfusion.search.candidates import (
+    WIDENING,
+    CandidateArrays,
+    CandidateScorer,
+    owed_of,
+    with_candidate_scores,
+)
 from shallowfusion.search.guards import RepeatGuard
 from shallowfusion.values import Candidates, Unmapped
 
@@ -69,7 +75,7 @@ class Rows:
         temperatures = plan.temperatures or (1.0,) * len(logits)
         maps = [None if given is None else given.to(device) for given in plan.maps]
         view = StepView(logits, temperatures, step, maps, self._sums(device), totals.shape[1])
-        numbers = step_weights(plan.rule, view)
+        numbers = step_weights(plan.rule, view).with_acoustic(plan.acoustic_weight)
         boost = None if self.booster is None else self.booster.bonus(device)
         sums = torch.from_numpy(totals.reshape(-1)).to(device)
         for shift in (numbers.shift, None if boost is None else boost.refunds):
@@ -126,6 +132,10 @@ class Rows:
         self.sums = self.sums[list(order)]
         for follower in self._followers():
             follower.keep(order)
+        for scorer in self.scorers:
+            owed = owed_of(scorer)
+            if owed is not None and scorer.weight:
+                self.totals = (self.totals + scorer.weight * owed).astype(np.float32)
 
     def _followers(self) -> list[CandidateScorer | RepeatGuard | PhraseBooster]:
         return [*self.scorers, *(own for own in (self.guard, self.booster) if own is not None)]

@@ -86,4 +86,6 @@ def _scaled(hypothesis: ListedHypothesis, options: DecodingOptions) -> ListedHyp
     else:
         divisor = tokens ** (1.0 if penalty is None else penalty)
     parts = {name: value / divisor for name, value in hypothesis.parts.items()}
+    if options.ctc_weight:  # attention and CTC share the acoustic weight of 1
+        parts[ACOUSTIC] = (1 - options.ctc_weight) * parts[ACOUSTIC] + options.ctc_weight * parts.pop("ctc")
     return replace(hypothesis, parts={**parts, LENGTH: (tokens - 1) / divisor})

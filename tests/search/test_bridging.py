@@ -113,7 +113,7 @@ def gpt2() -> CausalLMScorer:
 
 def test_refusal_names_the_bridge(whisper, gpt2) -> None:
     with pytest.raises(VocabularyError, match='lm_bridge="bytes"'):
-        FusionDecoder(whisper, [gpt2])
+        FusionDecoder(whisper, [gpt2]).decode(random_encoder_output(whisper, 1), lm_weight=0.3)
     with pytest.raises(InvalidArgumentError, match="lm_bridge must be 'bytes' or None"):
         FusionDecoder(whisper, [gpt2], lm_bridge="words")  # type: ignore[arg-type]
 

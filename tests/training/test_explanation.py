@@ -113,3 +113,8 @@ def test_without_a_say_there_is_nothing_to_explain() -> None:
     for own, options in ((FusionDecoder(tiny_decoder().acoustic), {}), (tiny_decoder(), {"lm_weight": 0.0})):
         with pytest.raises(InvalidArgumentError, match=r"under .* none has one"):
             explain(own, torch.zeros(16000), DecodingOptions(**options))
+
+
+def test_ctc_weights_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="ctc_weight"):
+        explain(decoder(), clip(2), DecodingOptions(rule=fusion.static(0.8), ctc_weight=0.2))

@@ -56,6 +56,12 @@ def test_pools_hold_each_text_once_with_its_likeliest_tokens() -> None:
     assert found.reference == "x"
 
 
+def test_ctc_and_attention_share_the_acoustic_weight() -> None:
+    listed = ListedHypothesis("x", -4, {"asr": -4.0, "ctc": -8.0, "lm": -2.0}, 4)
+    (found,) = pooled([{"a": NBestList("a", (listed,), "x")}], DecodingOptions(ctc_weight=0.25, length_penalty=0.0))
+    assert found.hypotheses[0].parts == {"asr": -5.0, "lm": -2.0, LENGTH: 3.0}
+
+
 def test_the_search_finds_the_weight_at_which_the_right_text_wins() -> None:
     lists = {
         "a": NBestList("a", (hypothesis("wrong", -4, -12), hypothesis("right", -8, -4)), "right"),

@@ -1,0 +1,236 @@
+"""Two passes: a beam search of the CTC head, then attention decoder and language models rank its list."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shallowfusion.audio.reading import read_audio
+from shallowfusion.checks import integer
+from shallowfusion.config import require
+from shallowfusion.ctc.decoder import CTCDecoder
+from shallowfusion.ctc.settings import CtcLanguage, CtcOptions
+from shallowfusion.decoder import FusionDecoder
+from shallowfusion.errors import AudioError, ShallowFusionError
+from shallowfusion.features.log_mel import log_mel
+from shallowfusion.fusion.catalogue import static
+from shallowfusion.fusion.rescore import rescore
+from shallowfusion.fusion.rules import Rule
+from shallowfusion.ngrams.table import NgramTable
+from shallowfusion.options import DecodingOptions
+from shallowfusion.rescoring import score_continuations, score_texts
+from shallowfusion.results import Transcription
+from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.ctc_head import CtcHead
+from shallowfusion.values import Hypothesis, Token
+
+__all__ = ["AttentionRescorer", "RescoringOptions"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RescoringOptions:
+    """How the list of the CTC search is ranked.
+
+    total = ctc_weight * CTC + (1 - ctc_weight) * attention + sum_s rule's weight_s * lm_s + length_bonus per token;
+    score = total / tokens ** length_penalty.
+
+    Args:
+        ctc_weight: 0 ranks by the attention decoder alone, 1 leaves it out.
+        rule: static or piecewise weights of the decoder's language models; None = they have no say.
+        n_best: hypotheses returned, best first.
+        list_size: hypotheses of the CTC search that are scored; at most its beam.
+        batch_size: recordings decoded together.
+
+    Raises:
+        InvalidArgumentError: a value outside its range.
+    """
+
+    ctc_weight: float = 0.5
+    rule: Rule | None = None
+    length_bonus: float = 0.0
+    length_penalty: float = 0.0
+    n_best: int = 1
+    list_size: int = 20
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ctc_weight <= 1, f"ctc_weight must be from 0 to 1, got {self.ctc_weight!r}.")
+        for name in ("n_best", "list_size", "batch_size"):
+            integer(name, getattr(self, name), 1, 1_000_000)
+        require(
+            self.n_best <= self.list_size,
+            f"n_best must be at most list_size={self.list_size}, got {self.n_best}; raise list_size.",
+        )
+
+
+class AttentionRescorer:
+    """Decodes with the CTC head of a joint model, then ranks what it found with all models.
+
+    Each model reads each text once: faster than a joint search, and a language model may have any tokenizer, but
+    what is not in the list cannot win. Texts are given to the attention decoder as its tokenizer encodes " " + text.
+
+    Price: one CTC search, one decoder pass over the distinct tokens of the list, one pass of each language model.
+
+    Args:
+        decoder: with a CTC head and the language models that rescore (no n-gram models among them).
+        search: options of the CTC search.
+        lm: word n-gram model inside the CTC search, a file or table; None = none.
+        threads: of the CTC search, None = all cores.
+
+    Raises:
+        InvalidArgumentError: the model has no CTC head, or a language model is no causal model.
+    """
+
+    def __init__(
+        self,
+        decoder: FusionDecoder,
+        search: CtcOptions | None = None,
+        lm: str | Path | NgramTable | CtcLanguage | None = None,
+        threads: int | None = None,
+    ) -> None:
+        head = decoder.acoustic.ctc_head
+        require(head is not None, f"rescoring needs a CTC head, which {decoder.acoustic.name} does not have.")
+        assert head is not None
+        for model in decoder.language_models:
+            require(
+                isinstance(model, CausalLMScorer),
+                f"rescoring needs causal language models, got {type(model).__name__}; give n-grams as lm=...",
+            )
+        self.decoder = decoder
+        self.options = search or CtcOptions(beam_size=20)
+        self.head = head
+        self.ctc = ctc_decoder_of(head, lm, threads)
+
+    def transcribe(self, recordings: Any, options: RescoringOptions | None = None) -> list[Transcription]:
+        """Transcribe one or a list of recordings, as `FusionDecoder.transcribe` takes them.
+
+        Returns:
+            One result per recording, in order; one that failed has `error` set. Parts are "ctc", "asr" (attention) and
+            the language models'; CTC and language scores are shared equally by the tokens, so that
+            `rerank(rule, 0.0, ctc_weight=...)` ranks the list under other weights without a model.
+        """
+        chosen = options or RescoringOptions()
+        items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
+        require(len(items) > 0, "recordings must hold at least one recording, got an empty list.")
+        results = []
+        for start in range(0, len(items), chosen.batch_size):
+            results += self._batch(items[start : start + chosen.batch_size], start, chosen)
+        for result in results:
+            if result.error is not None:
+                logger.error("%s was not transcribed: %s", result.source, result.error)
+        return results
+
+    def decode(
+        self, encoder_output: Tensor, seconds: Sequence[float] | None = None, options: RescoringOptions | None = None
+    ) -> list[Transcription]:
+        """Decode encoder output [utterances, frames, size]; an utterance with NaN in it fails alone.
+
+        Args:
+            seconds: of each recording, None = all frames count.
+        """
+        chosen = options or RescoringOptions()
+        found = self._search(encoder_output, seconds, chosen.list_size)
+        lists = [[("", 0.0)] if one.error else [(h.text, h.parts["asr"]) for h in one.n_best] for one in found]
+        encode = self.decoder.acoustic.tokenizer.encode
+        ids = [[encode(" " + text, add_special_tokens=False) if text else [] for text, _ in own] for own in lists]
+        prompts = self._prompts(encoder_output)
+        heard = score_continuations(self.decoder.acoustic.scorer, encoder_output, prompts, ids)
+        names = self.decoder.source_names[1:]
+        said = [
+            self._language_scores(model, [text for own in lists for text, _ in own])
+            for model in self.decoder.language_models
+        ]
+        answers, first = [], 0
+        for one, own, own_ids, scores in zip(found, lists, ids, heard, strict=True):
+            hypotheses = []
+            for k, ((text, ctc), tokens) in enumerate(zip(own, own_ids, strict=True)):
+                totals = {"ctc": ctc, **{name: sums[first + k] for name, sums in zip(names, said, strict=True)}}
+                hypotheses.append(self._hypothesis(text, tokens, scores[k], totals))
+            first += len(own)
+            ranked = () if one.error else self._ranked(hypotheses, chosen)
+            answers.append(replace(one, n_best=ranked, rule=chosen.rule))
+        return answers
+
+    def _search(self, encoder_output: Tensor, seconds: Sequence[float] | None, size: int) -> list[Transcription]:
+        log_probs = self.head.log_probs(encoder_output)
+        limit = log_probs.shape[1]
+        lengths = None if seconds is None else np.array([self.head.num_frames(own, limit) for own in seconds])
+        return self.ctc.decode(log_probs, lengths, self.options, n_best=size)
+
+    def _prompts(self, encoder_output: Tensor) -> list[list[int]]:
+        options = DecodingOptions(rule=static([0.0] * len(self.decoder.language_models)))
+        return [list(prompt) for prompt in self.decoder.sources(encoder_output, options).contexts[0].prompts]
+
+    @staticmethod
+    def _language_scores(model: Any, texts: Sequence[str]) -> list[float]:
+        return [float(scores.sum(dtype=np.float64)) for scores in score_texts(model, texts)]
+
+    def _hypothesis(self, text: str, ids: Sequence[int], heard: Any, totals: dict[str, float]) -> Hypothesis:
+        tokenizer, end = self.decoder.acoustic.tokenizer, self.decoder.acoustic.tokens.end
+        shares = {name: total / len(heard) for name, total in totals.items()}
+        texts = [*(tokenizer.decode([i]) for i in ids), ""]
+        tokens = tuple(
+            Token(i, piece, 0.0, {"asr": float(score), **shares})
+            for i, piece, score in zip([*ids, end], texts, heard, strict=True)
+        )
+        parts = {"asr": float(heard.sum(dtype=np.float64)), **totals}
+        return Hypothesis(text, tuple(ids), tokens, 0.0, 0.0, parts)
+
+    def _ranked(self, hypotheses: list[Hypothesis], options: RescoringOptions) -> tuple[Hypothesis, ...]:
+        rule = options.rule or static([0.0] * len(self.decoder.language_models))
+        ranked = rescore(
+            hypotheses,
+            rule,
+            length_penalty=options.length_penalty,
+            length_bonus=options.length_bonus,
+            ctc_weight=options.ctc_weight,
+        )
+        return tuple(ranked[: options.n_best])
+
+    def _batch(self, items: Sequence[Any], first: int, options: RescoringOptions) -> list[Transcription]:
+        settings = self.decoder.acoustic.features
+        results: list[Transcription | None] = [None] * len(items)
+        sources = [str(item) if isinstance(item, (str, Path)) else f"array {first + i}" for i, item in enumerate(items)]
+        samples = []
+        for i, item in enumerate(items):
+            try:
+                own = read_audio(item, settings.sampling_rate)
+                if len(own) > settings.chunk_samples:
+                    raise AudioError(f"{sources[i]} is longer than {settings.chunk_seconds} s; cut it.")
+                samples.append(own)
+            except ShallowFusionError as error:
+                results[i] = Transcription(sources[i], error=error)
+        if samples:
+            with torch.inference_mode():
+                encoded = self.decoder.acoustic.scorer.encode(log_mel(samples, settings))
+            seconds = [len(own) / settings.sampling_rate for own in samples]
+            good = [i for i, result in enumerate(results) if result is None]
+            for i, length, found in zip(good, seconds, self.decode(encoded, seconds, options), strict=True):
+                results[i] = replace(found, source=sources[i], duration=length)
+        return [result for result in results if result is not None]
+
+
+def ctc_decoder_of(
+    head: CtcHead, lm: str | Path | NgramTable | CtcLanguage | None = None, threads: int | None = None
+) -> CTCDecoder:
+    """The CTC decoder of a head: words are told apart by a label " " or by labels that begin with a space."""
+    has_space = head.labels.count(" ") == 1
+    marked = any(label.startswith(" ") for label in head.labels)
+    return CTCDecoder(
+        head.labels,
+        head.blank,
+        delimiter=" " if has_space else None,
+        lm=lm,
+        word_start=" " if marked and not has_space else None,
+        frame_seconds=head.frame_seconds,
+        threads=threads,
+    )
