@@ -26,13 +26,13 @@ double logit_at(const char* logits, Dtype dtype, int64_t token) {
 }
 
 double sum_of(const float* values, int64_t count) {
+  const float* const end = values + count;
   float lanes[8] = {};
-  int64_t at = 0;
-  for (; at + 8 <= count; at += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[at + lane];
+  for (; end - values >= 8; values += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[lane];
   }
   double total = 0.0;
-  for (; at < count; ++at) total += values[at];
+  while (values < end) total += *values++;
   for (const float lane : lanes) total += lane;
   return total;
 }

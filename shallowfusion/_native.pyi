@@ -206,6 +206,41 @@ class CtcState:
     # per utterance: error, and (text, labels, label frames, word frames, total, asr, lm, state) of each hypothesis
     def results(self, *, n_best: int, ended: bool, threads: int) -> list[tuple[str, list[tuple[Any, ...]]]]: ...
 
+# Lexicon search -----------------------------------------------------------------------------------------------------
+
+class SpellingTrie:
+    # (word, labels, score)
+    def __init__(
+        self, *, spellings: Sequence[tuple[int, Sequence[int], float]], num_labels: int, num_words: int
+    ) -> None: ...
+
+class LexiconSearch:
+    def __init__(
+        self,
+        *,
+        num_labels: int,
+        blank: int,
+        silence: int,
+        beam_size: int,
+        top_labels: int,
+        beam_margin: float,
+        lm_weight: float,
+        lm_scale: float,
+        word_score: float,
+        unknown_score: float,
+        silence_score: float,
+        log_add: bool,
+        trie: SpellingTrie | None,
+        unknown_word: int,
+        table: Any,
+        ids: Sequence[int],
+    ) -> None: ...
+    def step(self, *, emissions: npt.NDArray[np.float32], num_labels: int) -> None: ...
+    def end(self) -> None: ...
+    def results(self) -> list[tuple[float, list[int], list[int]]]: ...
+    @property
+    def num_frames(self) -> int: ...
+
 # CTC prefix scores --------------------------------------------------------------------------------------------------
 
 class CtcPrefixScores:

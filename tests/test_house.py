@@ -45,6 +45,7 @@ NATIVE_FACES = {
     "ctc/search.py",
     "phrases/automaton.py",
     "scorers/token_ranges.py",
+    "ctc/lexicon.py",
 }
 KERNEL_FACES = {"fusion/step.py", "scorers/token_ranges.py"}
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")

@@ -222,7 +222,7 @@ class TokenTree:
     def _store(self, nodes: Sequence[TokenNode], logits: Tensor) -> None:
         if len(self._free) < len(nodes):
             old, size = self._logits, max(2 * len(self._logits), len(self._logits) + len(nodes))
-            self._logits = logits.new_zeros((size, logits.shape[1]))
+            self._logits = logits.new_empty((size, logits.shape[1]))
             self._logits[: len(old)] = old
             self._log_sums = torch.cat([self._log_sums, self._log_sums.new_zeros(size - len(old))])
             self._free.extend(range(size - 1, len(old) - 1, -1))
