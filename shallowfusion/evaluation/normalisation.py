@@ -119,7 +119,9 @@ def _remembering(function: Callable[[str], str]) -> Callable[[str], str]:
 def _folded(text: str) -> str:
     """Lower-case ASCII where a letter has one; compatibility forms and accents are taken apart."""
     text = _APOSTROPHES.sub("'", text)
-    decomposed = unicodedata.normalize("NFKD", text.lower())
+    # Before and after: a compatibility form may hide a capital (U+1D756 is a bold Greek Alpha), and a small letter
+    # may have parts of its own.
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).lower())
     return "".join(character for character in decomposed if not unicodedata.combining(character))
 
 

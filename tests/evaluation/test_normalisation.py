@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_once_is_enough(name: str, text: str) -> None:
     normalise = normaliser(name)
     once = normalise(text)
     assert normalise(once) == once
+
+
+@pytest.mark.parametrize("name", ["none", "basic"])
+def test_once_is_enough_for_every_character_there_is(name: str) -> None:
+    normalise = normaliser(name)
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    once = [normalise(f"a{character}b") for character in characters]
+    assert [normalise(text) for text in once] == once
 
 
 @pytest.mark.parametrize("name", NORMALISERS)
