@@ -125,7 +125,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     states = decoder.encode(CLIPS[: 4 if quick else 20])
     rules = {
         "at every token": fusion.static(0.8),
-        "delayed, every 4 tokens": fusion.delayed(0.8),
+        "delayed, every 4 tokens": fusion.delayed(0.8, interval=4),
         "delayed, every 16 tokens": fusion.delayed(0.8, interval=16),
         "rescoring": fusion.delayed(0.8, interval=None),
     }
