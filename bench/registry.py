@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring
+from bench import ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -35,5 +35,6 @@ CASES = (
     Case("ctc_prefix", ctc_prefix.run, ("tests/ctc/test_prefix_scores.py",), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
     Case("ngram", ngram.run, ("tests/ngrams/test_table.py", "tests/phrases/test_automaton.py"), ("cpu",)),
+    Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
 )

@@ -1,5 +1,6 @@
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -24,6 +25,22 @@ void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
+// [frames, labels] as [labels, frames], tile by tile, so that both sides stay in the cache.
+std::vector<float> by_label(const float* frames_first, int64_t frames, int64_t labels) {
+  constexpr int64_t kTile = 32;
+  std::vector<float> values(frames * labels);
+  for (int64_t t0 = 0; t0 < frames; t0 += kTile) {
+    for (int64_t label0 = 0; label0 < labels; label0 += kTile) {
+      for (int64_t t = t0; t < std::min(t0 + kTile, frames); ++t) {
+        for (int64_t label = label0; label < std::min(label0 + kTile, labels); ++label) {
+          values[label * frames + t] = frames_first[t * labels + label];
+        }
+      }
+    }
+  }
+  return values;
+}
+
 // The utterances of a batch. Calls run without the GIL, so a lock keeps other threads out meanwhile.
 class CtcPrefixScores {
  public:
@@ -43,7 +60,7 @@ class CtcPrefixScores {
     const py::gil_scoped_release no_gil;
     parallel_for(static_cast<int64_t>(utterances_.size()), threads_, [&](int64_t i) {
       const float* own = given + i * frames * num_labels_;
-      std::vector<float> values(own, own + used[i] * num_labels_);
+      std::vector<float> values = by_label(own, used[i], num_labels_);
       // Also false for NaN. A probability may exceed 1 by what float32 rounds away.
       for (const float value : values) require(value < 1e-3F, "log_probs must hold log-probabilities.");
       utterances_[i] = std::make_unique<CtcPrefixUtterance>(std::move(values), num_labels_, blank, cut);

@@ -33,8 +33,7 @@ std::shared_ptr<const CtcPrefixRow> dead_row() {
 }  // namespace
 
 CtcPrefixUtterance::CtcPrefixUtterance(std::vector<float> log_probs, int64_t num_labels, int64_t blank, double cut)
-    : num_labels_(num_labels),
-      num_frames_(static_cast<int64_t>(log_probs.size()) / num_labels),
+    : num_frames_(static_cast<int64_t>(log_probs.size()) / num_labels),
       blank_(blank),
       cut_(cut),
       log_probs_(std::move(log_probs)),
@@ -65,7 +64,7 @@ const std::vector<double>& CtcPrefixUtterance::column(int64_t label) {
   if (own.empty() && num_frames_ > 0) {
     own.resize(num_frames_);
     for (int64_t t = 0; t < num_frames_; ++t) {
-      own[t] = std::exp(static_cast<double>(log_probs_[t * num_labels_ + label]));
+      own[t] = std::exp(static_cast<double>(log_probs_[label * num_frames_ + t]));
     }
   }
   return own;

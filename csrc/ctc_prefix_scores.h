@@ -24,7 +24,7 @@ struct CtcPrefixRow {
 // The frames of one utterance and its live rows.
 class CtcPrefixUtterance {
  public:
-  // log_probs [frames, labels]; `cut` is the share of psi that may be dropped at either end of a row, 0 = none.
+  // log_probs [labels, frames]; `cut` is the share of psi that may be dropped at either end of a row, 0 = none.
   CtcPrefixUtterance(std::vector<float> log_probs, int64_t num_labels, int64_t blank, double cut);
 
   int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
@@ -43,7 +43,6 @@ class CtcPrefixUtterance {
   double extension(const CtcPrefixRow& row, int64_t label);
   Row extended(const CtcPrefixRow& row, int64_t label);
 
-  int64_t num_labels_;
   int64_t num_frames_;
   int64_t blank_;
   double cut_;

@@ -98,6 +98,9 @@ struct Kernels {
   StatisticsResult (*statistics_block[3])(const StatisticsArguments&);
   // Copies x - subtract as float32 and pads with -inf to a multiple of lanes.
   void (*convert_block[3])(const void* logits, int64_t count, float subtract, float* out);
+  // out = 2^((x - subtract) * scale), whole lanes of which past count are 0; returns their sum. An impossible x gives
+  // at most 2^-126.
+  float (*exp2_block[3])(const void* logits, int64_t count, float subtract, float scale, float* out);
   // out = bias (null = 0) where bit first_bit + i is set, else -inf.
   void (*mask_block)(const int32_t* words, int64_t num_words, int64_t first_bit, int64_t count, const float* bias,
                      float* out);

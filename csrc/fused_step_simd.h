@@ -208,6 +208,32 @@ void convert_block(const void* source, int64_t count, float subtract, float* out
   for (int64_t lane = count - at; lane < Simd::lanes; ++lane) out[at + lane] = kImpossible;
 }
 
+template <class Simd, Dtype dtype>
+float exp2_block(const void* source, int64_t count, float subtract, float scale, float* out) {
+  using Load = Loader<Simd, dtype>;
+  using Vector = typename Simd::Vector;
+  const auto* logits = static_cast<const typename Load::Element*>(source);
+  const Vector zero = Simd::broadcast(0.0f);
+  const Vector shift = Simd::broadcast(-subtract);
+  const Vector factor = Simd::broadcast(scale);
+  const int64_t whole = count / Simd::lanes * Simd::lanes;
+  Vector sum = zero;
+  for (int64_t at = 0; at < whole; at += Simd::lanes) {
+    Simd::prefetch(logits + at);
+    const Vector power = Simd::add_exp2(Simd::multiply(Simd::add(Load::load(logits + at), shift), factor), zero);
+    Simd::store(out + at, power);
+    sum = Simd::add(sum, power);
+  }
+  float total = Simd::sum(sum);
+  if (whole == count) return total;
+  float last[kMaxLanes];
+  convert_block<Simd, dtype>(logits + whole, count - whole, subtract, last);
+  Simd::store(out + whole, Simd::add_exp2(Simd::multiply(Simd::load(last), factor), zero));
+  for (int64_t at = whole; at < count; ++at) total += out[at];
+  for (int64_t at = count; at < whole + Simd::lanes; ++at) out[at] = 0.0f;
+  return total;
+}
+
 template <class Simd>
 void mask_block(const int32_t* words, int64_t num_words, int64_t first_bit, int64_t count, const float* bias,
                 float* out) {
@@ -335,6 +361,7 @@ void fill_dtype(Kernels& kernels) {
   kernels.statistics_block[code] = &statistics_block<Simd, dtype>;
   kernels.convert_block[code] = &convert_block<Simd, dtype>;
   kernels.any_broken[code] = &any_broken<Simd, dtype>;
+  kernels.exp2_block[code] = &exp2_block<Simd, dtype>;
 }
 
 template <class Simd>

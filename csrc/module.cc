@@ -11,4 +11,5 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_ctc_search(module);
   shallowfusion::bind_ctc_prefix_scores(module);
   shallowfusion::bind_phrase_automaton(module);
+  shallowfusion::bind_range_lse(module);
 }

@@ -147,6 +147,18 @@ def fused_step(
 ) -> dict[str, Any]: ...
 def row_statistics(*, source: Source, rows: int, level: str | None, threads: int | None) -> dict[str, Any]: ...
 def fused_step_levels() -> list[str]: ...
+def range_log_probs(
+    *,
+    logits: tuple[int, int, int, int, int],
+    temperature: float,
+    order: npt.NDArray[Any] | None,
+    row_offsets: npt.NDArray[Any],
+    first: npt.NDArray[Any],
+    last: npt.NDArray[Any],
+    log_sums: npt.NDArray[Any] | None,
+    level: str | None,
+    threads: int,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], str]: ...
 
 # CTC search ---------------------------------------------------------------------------------------------------------
 

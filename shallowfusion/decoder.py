@@ -27,6 +27,7 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.sources import Sources
@@ -43,10 +44,12 @@ class FusionDecoder:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer, or the first on any for fusion.delayed; one weight of the
-            rule belongs to each.
+        language_models: one weight of the rule belongs to each; those on the acoustic model's tokenizer first, unless
+            the rule is fusion.delayed, which takes the first on any.
         internal_context: float [frames, size], trained to stand for "no recording", for
             fusion.internal_lm(variant="trained").
+        lm_bridge: "bytes": causal language models on another tokenizer score the bytes of each candidate token (see
+            `ByteBridge`); None = they are refused, unless the rule delays them.
     """
 
     def __init__(
@@ -54,10 +57,11 @@ class FusionDecoder:
         acoustic: AcousticModel,
         language_models: Sequence[LanguageModel] = (),
         internal_context: Tensor | None = None,
+        lm_bridge: LmBridge | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
-        self._planner = SearchPlanner(acoustic, self.language_models, internal_context)
+        self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
     @classmethod
     def from_pretrained(
@@ -67,6 +71,7 @@ class FusionDecoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         internal_context: str | Path | None = None,
+        lm_bridge: LmBridge | None = None,
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -77,6 +82,7 @@ class FusionDecoder:
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
             internal_context: file of `shallowfusion train-ilm`, for fusion.internal_lm(variant="trained").
+            lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -88,7 +94,8 @@ class FusionDecoder:
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
         vocabulary = acoustic.scorer.vocabulary
         models = [load_language_model(str(name), vocabulary, where, number) for name in names]
-        return cls(acoustic, models, None if internal_context is None else read_internal_context(internal_context))
+        context = None if internal_context is None else read_internal_context(internal_context)
+        return cls(acoustic, models, context, lm_bridge)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -241,6 +248,6 @@ class FusionDecoder:
                 for i, listed in enumerate(found)
             ]
         return [
-            (tuple(listed[: options.n_best]), language, own.plan.rule)
+            (tuple(listed[: options.n_best]), language, own.rule or own.plan.rule)
             for listed, language in zip(found, own.languages, strict=True)
         ]

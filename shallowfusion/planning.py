@@ -18,10 +18,12 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread
 from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.scorers.byte_bridge import ByteBridge
 from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
 from shallowfusion.scorers.mixture import MixtureScorer
+from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.loop import SearchPlan, StageClock
@@ -37,17 +39,25 @@ class SearchPlanner:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer; the first on any, under a delayed rule.
+        language_models: on the acoustic model's tokenizer, then those that need a bridge; the first on any, under a
+            delayed rule.
         internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
+        lm_bridge: how language models on another tokenizer are joined, None = only delayed.
     """
 
     def __init__(
-        self, acoustic: AcousticModel, language_models: Sequence[LanguageModel], internal_context: Tensor | None
+        self,
+        acoustic: AcousticModel,
+        language_models: Sequence[LanguageModel],
+        internal_context: Tensor | None,
+        lm_bridge: LmBridge | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
+        bridged = self.language_models if lm_bridge is not None else ()
+        self._bridges = Bridges(acoustic.scorer.vocabulary, bridged, lm_bridge)
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
@@ -71,7 +81,12 @@ class SearchPlanner:
         Raises:
             VocabularyError: a model's tokens differ from the acoustic model's, and the rule does not delay it.
         """
-        for model in self.language_models[0 if rule.delay is None else 1 :]:
+        require(
+            rule.delay is None or not self._bridges.languages,
+            "a delayed rule re-tokenises the text itself, so it goes without lm_bridge; leave one of the two out.",
+        )
+        known = self._bridges.shared if self._bridges.languages else self.language_models
+        for model in known[0 if rule.delay is None else 1 :]:
             token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
@@ -79,7 +94,7 @@ class SearchPlanner:
         if rule.delay is not None:
             return ()
         if not rule.lm_mixture:
-            return self.language_models
+            return self._bridges.shared if self._bridges.languages else self.language_models
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def sources(
@@ -105,8 +120,19 @@ class SearchPlanner:
             contexts.append(heard)
         delayed = self._late(options, plan, Context(prefixes, width, longest), clock)
         joint = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
-        names = (*self.names_under(plan.rule)[:1], *self.names_under(plan.rule)[1 + len(delayed) :])
-        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), (*delayed, *joint))
+        rule = options.resolved_rule(len(self.language_models))
+        bridged = self._bridged(options, rule, len(prefixes), plan.end_id)
+        late = (*delayed, *bridged, *joint)
+        named = {source.name for source in late}
+        names = tuple(name for name in self.names_under(rule) if name not in named)
+        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), late, rule)
+
+    def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[ByteBridge]:
+        if not self._bridges.languages:
+            return []
+        policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
+        temperatures = options.lm_temperatures(len(self.language_models))
+        return self._bridges.sources(rule, policy, self.source_names[1:], temperatures, utterances, end_id)
 
     def _late(
         self, options: DecodingOptions, plan: SearchPlan, context: Context, clock: StageClock
@@ -136,13 +162,16 @@ class SearchPlanner:
         if rule.gate is not None and getattr(rule.gate, "fingerprints", None):  # a learned gate knows its models
             rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
+        self._bridges.check(rule, policy)
+        fuses, rule = rule.fuses and bool(self._bridges.languages), self._bridges.shared_rule(rule)
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
         vocabularies = [model.vocabulary for model in self._models_under(rule)]
         maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        temperatures = [options.asr_temperature, *options.lm_temperatures(len(maps))]
+        loaded = len(maps) + len(self._bridges.languages)
+        temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
             maps.append(text_map(acoustic.vocabulary))
             unmapped.append(nothing)
@@ -161,6 +190,7 @@ class SearchPlanner:
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
             acoustic_weight=1.0 - options.ctc_weight,
+            fuses_late=fuses,
             length_bonus=options.length_bonus,
             class_sources=class_sources(
                 class_factors(acoustic.vocabulary, dict(rule.class_factors)),

@@ -31,6 +31,37 @@ class SparseBonus:
 
 
 @dataclass(frozen=True)
+class TokenRanges:
+    """Ranges of places in an order of the vocabulary; row r has the ranges from row_offsets[r] to row_offsets[r + 1].
+
+    Args:
+        row_offsets: int32 [rows + 1], rising from 0 to the number of ranges.
+        first: int32 [ranges], the first place.
+        last: int32 [ranges], one past the last place; a range whose last is not above its first is empty.
+    """
+
+    row_offsets: Tensor
+    first: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True)
+class RangeLogProbs:
+    """Log of the summed probability of ranges of tokens, nats.
+
+    Args:
+        log_probs: float32 [ranges]; -inf for an empty range.
+        log_sums: float32 [rows], the log-sum-exp of the whole row, which was taken off; NaN for a row without ranges
+            unless it was given.
+        backend: which implementation ran.
+    """
+
+    log_probs: Tensor
+    log_sums: Tensor
+    backend: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Unmapped:
     """What a source says of an acoustic token it has no counterpart for.
 

@@ -44,8 +44,15 @@ def apply_configuration(arguments: argparse.Namespace) -> None:
     for name, value in found.options.items():
         if name == "suppress_blank":
             arguments.keep_blank = arguments.keep_blank or not value
-        elif getattr(arguments, name) is None:
-            setattr(arguments, name, _as_argument(value))
+        elif name == "hotwords":
+            arguments.hotword = arguments.hotword or [f"{text}={weight}" for text, weight in value.items()]
+        else:
+            require(
+                hasattr(arguments, name),
+                f"{arguments.config} sets {name}, which the command line has no option for; take it out.",
+            )
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, _as_argument(value))
 
 
 def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:

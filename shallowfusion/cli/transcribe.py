@@ -68,6 +68,7 @@ def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) ->
     add_decoding_options(parser)
     given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
     unused = [name for name in given if name not in CTC_OPTIONS]
+    unused += [name for name in ("config", "calibration", "internal_context") if getattr(arguments, name, None)]
     require(not unused, f"{arguments.asr} is a CTC model, for which {', '.join(unused)} mean nothing; leave them out.")
     require(
         len(arguments.lm) <= 1 and len(arguments.lm_weight) <= 1,

@@ -119,8 +119,15 @@ def _settings(arguments: argparse.Namespace) -> Any:
 def _systems(found: Tuning) -> dict[str, Tried]:
     """The best constant weight, if it was not chosen itself, and the choice."""
     best = found.best_static
-    systems = {} if best.rule == found.chosen.rule else {f"best constant: {best.rule}": best}
-    return systems | {f"chosen: {found.chosen.rule}": found.chosen}
+    systems = {} if best.rule == found.chosen.rule else {f"best constant: {_shown(best)}": best}
+    return systems | {f"chosen: {_shown(found.chosen)}": found.chosen}
+
+
+def _shown(own: Tried) -> str:
+    """The rule with what else was tuned and differs from the defaults."""
+    bonus, threshold = own.options.length_bonus, own.options.end_threshold
+    shown = f"{own.rule}, length_bonus={bonus:g}" if bonus else own.rule
+    return shown if threshold == 1.5 else f"{shown}, end_threshold={threshold}"
 
 
 def _evaluated(own: TunedSet, found: Tuning, systems: dict[str, Tried]) -> Evaluation:
@@ -165,8 +172,7 @@ def _write(
     print(f"{len(found.tried)} rules decoded on {len(dev.recordings)} development utterances, fewest errors first")
     print(f"{found.baseline.num_errors:5d}  acoustic model alone")
     for own in sorted(found.tried, key=lambda tried: tried.num_errors)[:10]:
-        bonus = f", length_bonus={own.options.length_bonus:g}" if own.options.length_bonus else ""
-        print(f"{own.num_errors:5d}  {own.rule}{bonus}, end_threshold={own.options.end_threshold}")
+        print(f"{own.num_errors:5d}  {_shown(own)}")
     if on_test is None:
         print("no test set was given (--test): figures of the development set flatter the choice made on it")
     else:

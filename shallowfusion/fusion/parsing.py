@@ -21,7 +21,8 @@ _LONGEST = 10_000
 def parse_rule(text: str) -> Rule:
     """The rule a call of a constructor of `shallowfusion.fusion` makes.
 
-    Nothing is evaluated but literals: numbers, text, True, False, None, and tuples or lists of them.
+    Nothing is evaluated but such calls, which may stand inside each other (by_class(static(0.5), digits=0.2)), and
+    literals: numbers, text, True, False, None, and tuples or lists of them.
 
     Args:
         text: for instance "static(0.24)", "static((0.3, 0.1))" for two language models, "internal_lm(0.8, 0.2)".
@@ -31,7 +32,10 @@ def parse_rule(text: str) -> Rule:
     """
     if not isinstance(text, str) or not text.strip() or len(text) > _LONGEST:
         raise InvalidArgumentError(f"a rule must be text such as 'static(0.24)', got {str(text)[:80]!r}.")
-    call = _call(text)
+    return _made(_call(text), text)
+
+
+def _made(call: ast.Call, text: str) -> Rule:
     name = call.func.id if isinstance(call.func, ast.Name) else ast.unparse(call.func)
     if name not in RULE_NAMES:
         raise InvalidArgumentError(f"unknown rule {name!r}; known are {', '.join(RULE_NAMES)}.")
@@ -66,17 +70,25 @@ def _call(text: str) -> ast.Call:
 
 def _literals(call: ast.Call, text: str) -> tuple[list[Any], dict[str, Any]]:
     try:
-        positional = [ast.literal_eval(argument) for argument in call.args]
+        positional = [_value(argument, text) for argument in call.args]
         named: dict[str, Any] = {}
         for keyword in call.keywords:
             if keyword.arg is None:
                 raise ValueError("** is not allowed")
-            named[keyword.arg] = ast.literal_eval(keyword.value)
+            named[keyword.arg] = _value(keyword.value, text)
+    except InvalidArgumentError:
+        raise
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise InvalidArgumentError(
             f"the arguments of the rule {text[:80]!r} must be literals: numbers, text, True, False, None, or tuples."
         ) from None
     return positional, named
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RULE_NAMES:
+        return _made(node, text)
+    return ast.literal_eval(node)
 
 
 def _signature(constructor: Callable[..., Rule]) -> str:

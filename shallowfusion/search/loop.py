@@ -41,6 +41,7 @@ class SearchPlan:
         end_threshold: where the rule fuses, the end token is a candidate only if its acoustic log-prob exceeds
             end_threshold times that of the best token (1904.02619, section 3.1.2); None = always.
         acoustic_weight: of the first source; the rest of 1 is that of a late source such as CTC.
+        fuses_late: end_threshold holds even where the rule, which knows nothing of late sources, does not fuse.
         class_sources: second looks at sources for tokens whose weight differs.
         phrases: favoured token sequences; `vocab_size`: of the acoustic model, wanted with phrases.
         no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
@@ -57,6 +58,7 @@ class SearchPlan:
     min_new_tokens: int = 0
     end_threshold: float | None = None
     acoustic_weight: float = 1.0
+    fuses_late: bool = False
     length_bonus: float = 0.0
     class_sources: tuple[ClassSource, ...] = ()
     phrases: PhraseAutomatonProtocol | None = None

@@ -173,7 +173,7 @@ class Rows:
     def _allowed(self, view: StepView) -> Tensor | None:
         """Every token, but no repetition the guard forbids, and the end token only where it is likely enough."""
         plan, acoustic = self.plan, view.logits[0]
-        needs_threshold = plan.end_threshold is not None and plan.rule.fuses
+        needs_threshold = plan.end_threshold is not None and (plan.rule.fuses or plan.fuses_late)
         if not needs_threshold and self.guard is None:
             return None
         words = torch.full((acoustic.shape[0], (acoustic.shape[1] + 31) // 32), -1, dtype=torch.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shallowfusion.fusion.rules import Rule
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.loop import SearchPlan
@@ -19,6 +20,7 @@ class Sources:
         scorers, contexts, names: the acoustic model, the language models, and an internal LM that the rule subtracts.
         languages: of each utterance.
         late: sources that score only what survives the fused step; fresh, for one search.
+        rule: as the caller gave it; the plan's own lacks what late sources weigh.
     """
 
     scorers: tuple[Scorer, ...]
@@ -27,6 +29,7 @@ class Sources:
     plan: SearchPlan
     languages: tuple[str, ...]
     late: tuple[CandidateScorer, ...] = ()
+    rule: Rule | None = None
 
     @property
     def part_names(self) -> tuple[str, ...]:

@@ -119,8 +119,8 @@ def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[in
         f"{len(missing)} of {sum(t is not None for t in acoustic.tokens)} text tokens have no counterpart and "
         f"{len(moved)} have another id; first difference: id {first} is {acoustic.tokens[first]!r} against {theirs!r}. "
         "Wanted equal tokenizers: English-only Whisper (*.en) goes with GPT-2; "
-        "other pairs need fusion.delayed(weight), which re-tokenises the text, or a language model trained on the "
-        "acoustic model's tokenizer."
+        'other pairs need fusion.delayed(weight), which re-tokenises the text, lm_bridge="bytes", or a language model '
+        "trained on the acoustic model's tokenizer."
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from shallowfusion.config import require
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.fusion.catalogue import static
 from shallowfusion.fusion.gates import StepView
 from shallowfusion.options import DecodingOptions
 from shallowfusion.training.teacher_forcing import forced_steps
@@ -153,6 +154,7 @@ def calibrate(
 
     Args:
         batches: encoder output [utterances, frames, size] and the reference's ids of each utterance.
+        options: language, prompt and the like; its rule and temperatures do not matter.
 
     Raises:
         InvalidArgumentError: no recordings.
@@ -160,8 +162,10 @@ def calibrate(
     end = decoder.acoustic.tokens.end
     names = decoder.source_names
     kept = [_KeptRows(most_tokens) for _ in names]
+    rule = static((1.0,) * len(decoder.language_models)) if decoder.language_models else None
+    plain = replace(options, rule=rule, lm_weight=None, initial_steps=0, asr_temperature=1.0, lm_temperature=1.0)
     for encoded, references in batches:
-        sources = decoder.sources(encoded, replace(options, asr_temperature=1.0, lm_temperature=1.0))
+        sources = decoder.sources(encoded, plain)
         for view, reached in forced_steps(sources, references):
             gold = torch.tensor([[*own, end][min(view.step, len(own))] for own in references])
             for s in range(len(names)):

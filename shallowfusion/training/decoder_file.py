@@ -20,7 +20,9 @@ __all__ = ["DecoderFile", "saved_options", "with_calibration"]
 
 _KIND, _VERSION = "shallowfusion decoder", 1
 # What belongs to a call, not to a decoder, or is said by the rule.
-_LEFT_OUT = frozenset({"rule", "lm_weight", "initial_steps", "n_best", "batch_size", "without_timestamps"})
+_LEFT_OUT = frozenset(
+    {"rule", "lm_weight", "initial_steps", "n_best", "batch_size", "without_timestamps", "hotword_weight"}
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def saved_options(options: DecodingOptions, calibrated: bool = False) -> dict[st
     Args:
         calibrated: leave out the temperatures, which a calibration holds.
     """
+    options = replace(options, hotwords=options.weighted_hotwords() or None)
     plain = DecodingOptions()
     left_out = _LEFT_OUT | ({"asr_temperature", "lm_temperature"} if calibrated else frozenset())
     return {
@@ -144,6 +147,8 @@ def with_calibration(
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 

@@ -100,7 +100,8 @@ class Explanation:
     def totals(self) -> dict[str, dict[str, float]]:
         """By path ("fused", "alone"): what each source gave it in all, its total, and the score it is ranked by.
 
-        "other" is what neither source gave: length bonus, renormalisation, scores that a rule catches up with.
+        "other" is what no source gave at its weight: length bonus, hotwords, renormalisation, factors of token classes,
+        scores that a rule catches up with. The score is that of the search, without a ranking by coverage.
         """
         found = {}
         for name, steps in ((FUSED, self.steps), ("alone", self.alone_steps)):
@@ -115,7 +116,7 @@ class Explanation:
 def explain(decoder: FusionDecoder, recording: Any, options: DecodingOptions, num_alternatives: int = 4) -> Explanation:
     """Transcribe a recording fused and alone, and read both transcripts through all models again.
 
-    Price: two searches, and one forced pass of every model over both transcripts.
+    Price: three passes of the encoder, two searches, and one forced pass of every model over both transcripts.
 
     Args:
         recording: as for `FusionDecoder.transcribe`.
@@ -131,10 +132,12 @@ def explain(decoder: FusionDecoder, recording: Any, options: DecodingOptions, nu
         "load one with --lm and give it a weight.",
     )
     require(options.ctc_weight == 0, f"explain reads no CTC scores, got ctc_weight={options.ctc_weight}; use 0.")
-    encoded = decoder.encode([recording])
-    result = decoder.decode(encoded, options)[0]
+    result = decoder.transcribe([recording], options)[0]
+    if result.error is not None:
+        raise result.error
     plain = replace(options, rule=None, lm_weight=None, initial_steps=0, lm_temperature=1.0)
-    alone = FusionDecoder(decoder.acoustic).decode(encoded, plain)[0]
+    alone = FusionDecoder(decoder.acoustic).transcribe([recording], plain)[0]
+    encoded = decoder.encode([recording])
     end = decoder.acoustic.tokens.end
     paths = [(*own.best.token_ids, *([end] if own.best.ended else [])) for own in (result, alone)]
     sources = decoder.sources(encoded.expand(2, -1, -1), options)

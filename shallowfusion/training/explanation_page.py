@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 from shallowfusion.evaluation.charts import Series, line_chart
 from shallowfusion.evaluation.pages import Cell, difference_html, page, section, table
 from shallowfusion.evaluation.word_errors import marked_words, word_difference
-from shallowfusion.fusion.rules import Rule
 from shallowfusion.training.explanation import FUSED, Alternative, Explanation, ScoredToken
 
 __all__ = ["explanation_data", "explanation_lines", "explanation_page"]
@@ -50,7 +49,7 @@ def explanation_lines(found: Explanation, reference: str | None = None) -> list[
     lines += [
         f"fused  {shown}",
         f"alone  {alone}",
-        f"rule   {_rule_text(found.result.rule)}",
+        f"rule   {found.result.rule}",
         "",
         *_divergence_lines(found),
         "",
@@ -79,7 +78,7 @@ def explanation_page(found: Explanation, source: str, reference: str | None = No
     ]
     note = f'<p class="quiet">Log-prob of each token of the fused transcript, cut at {_SHOWN_LOWEST:g} nats.</p>'
     sections.append(section("Token by token", note, line_chart(series, "token", "log-prob, nats"), _token_table(found)))
-    return page("Why this transcript", f"{source}; rule {_rule_text(found.result.rule)}", sections)
+    return page("Why this transcript", f"{source}; rule {found.result.rule}", sections)
 
 
 def _divergence_lines(found: Explanation) -> list[str]:
@@ -163,15 +162,6 @@ def _alternatives(best: Sequence[Alternative]) -> str:
 def _alternative_cell(best: Sequence[Alternative]) -> Cell:
     items = (f'<span class="item">{escape(_visible(own.text))} {own.score:.1f}</span>' for own in best)
     return Cell(" &nbsp; ".join(items))
-
-
-def _rule_text(rule: Rule | None) -> str:
-    """The rule's name and whatever differs from the defaults."""
-    if rule is None:
-        return "none"
-    known = {entry.name: entry.default for entry in fields(rule)}
-    shown = [f"{name}={value!r}" for name, value in vars(rule).items() if name != "name" and value != known[name]]
-    return f"{rule.name}: {', '.join(shown)}"
 
 
 def _visible(text: str) -> str:

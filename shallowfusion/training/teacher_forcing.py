@@ -147,7 +147,7 @@ def force(
     room = decoder.acoustic.scorer.window - max(len(prompt) for prompt in sources.contexts[0].prompts)
     longest = max(len(text.prefix) for text in texts)
     require(longest < room, f"a text has {longest} tokens, but the model has room for {room - 1}; cut the recording.")
-    num_models = len(decoder.language_models)
+    num_models = len(sources.scorers) - 1 - int(sources.plan.rule.ilm_weight > 0)
     rows: list[list[Trace]] = [[] for _ in texts]
     for view, reached in forced_steps(sources, [text.prefix for text in texts]):
         targets = torch.tensor([text.targets[min(view.step, len(text.prefix))] for text in texts])

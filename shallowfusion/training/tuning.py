@@ -117,9 +117,14 @@ def tune(dev: TunedSet, base: DecodingOptions, settings: TuningSettings) -> Tuni
         base: options without a rule; n_best is set to beam_size.
 
     Raises:
-        InvalidArgumentError: no language model is loaded.
+        InvalidArgumentError: no language model is loaded, or options that need the length of the recordings.
     """
     names = dev.decoder.source_names[1:]
+    require(
+        base.coverage_weight == 0 and base.min_attention_centre is None,
+        "tune decodes stored encoder output, which does not say where a recording ends, so coverage_weight and "
+        "min_attention_centre cannot be given; add them to the decoder file afterwards.",
+    )
     require(bool(names), "tune weighs language models, and none is loaded; give one with --lm.")
     base = replace(base, n_best=base.beam_size, rule=None, lm_weight=None, initial_steps=0)
     work = _Work(dev, base, names)

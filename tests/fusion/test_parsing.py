@@ -17,6 +17,8 @@ SAME = {
     "internal_lm(weight=[0.8, 0.1], ilm_weight=0.2)": fusion.internal_lm((0.8, 0.1), 0.2),
     "entropy_gate(1, squash='vocabulary', form='advantage')": fusion.entropy_gate(1, "vocabulary", "advantage"),
     "margin_gate(0.8, -1.5, 2)": fusion.margin_gate(0.8, -1.5, 2),
+    "by_class(static(0.5), digits=0.2)": fusion.by_class(fusion.static(0.5), digits=0.2),
+    "mixture([0.7, 0.3], 0.5, forgetting=0.95)": fusion.mixture([0.7, 0.3], 0.5, 0.95),
     "uadf(end_policy='asr_only')": fusion.uadf("asr_only"),
     "late_fusion(0.4, primary='lm')": fusion.late_fusion(0.4, "lm"),
 }
@@ -55,6 +57,9 @@ REFUSED = {
     "evidence_gate(0.3, ilm_weight='x')": "does not fit",
     "internal_lm(0.3, 0.2, variant='deaf')": "is refused: ilm_variant",
     "confidence_gate(0.3, power=0)": "is refused: power",
+    "by_class(magic(0.5), digits=0.2)": "must be literals",
+    "by_class(0.5, digits=0.2)": "does not fit",
+    "by_class(static(-1), digits=0.2)": "is refused: lm_weight",
     "agreement_gate(0.3, top_k=0)": "is refused: top_k",
     "(" * 500 + ")" * 500: "cannot be read",
 }

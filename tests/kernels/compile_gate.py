@@ -26,8 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from shallowfusion.kernels.fused_step import Launch, plan_fused_step, plan_row_statistics
+from shallowfusion.kernels.range_lse import plan_range_log_probs
 from shallowfusion.values import StepRequest, Unmapped
 from tests.kernels.cases import extras, request
+from tests.kernels.range_cases import ranges_of
 
 VOCABS = (51866, 50257, 50257, 51866)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -103,6 +105,21 @@ def launches() -> Iterator[tuple[str, Launch]]:
             yield f"row statistics {dtype}", launch
 
 
+def range_launches() -> Iterator[tuple[str, Launch]]:
+    """Ranges of sorted and of unsorted logits; another vocabulary and row count must need no variant of their own."""
+    for rows, vocab, name in ((16, 51866, "ranges"), (24, 50304, "same variants")):
+        ranges = ranges_of([[(0, 9)]] * rows)
+        order = torch.zeros(-(-vocab // 128) * 128, dtype=torch.int32)[:vocab]
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for permuted in (False, True):
+                logits = source(rows, vocab, dtype, padded=True)
+                for launch in plan_range_log_probs(logits, ranges, order if permuted else None)[0]:
+                    yield f"{name} {dtype} {'permuted' if permuted else 'sorted'}", launch
+    few = ranges_of([[(0, 9)]] * 4)
+    for launch in plan_range_log_probs(source(4, 50257, torch.float32, padded=False), few)[0]:
+        yield "ranges unpadded few rows", launch
+
+
 def inspect(cubin: bytes) -> dict[str, int]:
     """Registers, stack, shared memory and instruction counts of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -121,7 +138,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     driver.set_active(CompileOnly(capability))
     seen: set[str] = set()
     report = []
-    for name, launch in launches():
+    for name, launch in itertools.chain(launches(), range_launches()):
         began = time.perf_counter()
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
         if compiled.hash in seen:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 
 from shallowfusion.demo.shipped import model_directory
+from shallowfusion.ngrams.estimate import EstimateSettings, estimate
+from shallowfusion.ngrams.pieces import spell_piece
 from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.loading import load_causal_lm
+from shallowfusion.scorers.ngram import NgramScorer
+from shallowfusion.text.vocabulary import Vocabulary
 from tests.shipped import MEDICAL, decoder
 from tests.tiny import tiny_lm, tiny_whisper
 
@@ -29,3 +33,14 @@ def test_one_changed_weight_or_another_vocabulary_is_another_model() -> None:
         changed.model.transformer.wte.weight[0, 0] += 1
     assert fingerprint(changed) != own
     assert fingerprint(tiny_whisper(0).scorer) != fingerprint(tiny_whisper(1).scorer)
+
+
+def test_ngram_models_are_told_apart_by_what_they_say() -> None:
+    lines = [[spell_piece(piece) for piece in line] for line in ([b" a", b"b", b"b"], [b" a", b" a"], [b"b"])]
+    vocabulary = Vocabulary((b" a", b"b", None), end_id=2, name="toy")
+
+    def made(order: int) -> str:
+        return fingerprint(NgramScorer(estimate(lines, EstimateSettings(order=order)).model, vocabulary))
+
+    assert made(3) == made(3)
+    assert made(3) != made(2)

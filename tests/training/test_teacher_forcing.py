@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from shallowfusion import DecodingOptions, fusion
+from shallowfusion import DecodingOptions, FusionDecoder, fusion
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.ngrams.estimate import EstimateSettings, estimate
+from shallowfusion.ngrams.pieces import spell_piece
+from shallowfusion.scorers.ngram import NgramScorer
 from shallowfusion.training.teacher_forcing import ForcedText, Trace, force, text_ids
 from tests.tiny import END, random_encoder_output, tiny_decoder
 
@@ -40,6 +43,20 @@ def test_gold_log_probs_are_the_parts_the_search_stored(name: str) -> None:
             trace.gold[: len(parts)], parts, atol=2e-4
         )  # a hypothesis may have been cut before its end
         assert len(trace) == len(result.best.token_ids) + 1
+
+
+@pytest.mark.parametrize("rule", [fusion.static((0.5, 0.3)), fusion.mixture([0.6, 0.4], 0.5, forgetting=0.95)], ids=str)
+def test_any_scorer_can_be_forced(rule: fusion.Rule) -> None:
+    neural, encoded = world()
+    pieces = [[spell_piece(f"{(7 * i + k * k) % 40:02d}".encode()) for k in range(9)] for i in range(30)]
+    ngram = NgramScorer(estimate(pieces, EstimateSettings(order=3)).model, neural.acoustic.scorer.vocabulary)
+    decoder = FusionDecoder(neural.acoustic, [*neural.language_models, ngram])
+    options = DecodingOptions(beam_size=3, max_new_tokens=12, rule=rule)
+    results = decoder.decode(encoded, options)
+    traces = force(decoder, encoded, [ForcedText.of(result.best.token_ids, END) for result in results], options)
+    for result, trace in zip(results, traces, strict=True):
+        parts = np.array([list(token.parts.values()) for token in result.best.tokens])
+        np.testing.assert_allclose(trace.gold[: len(parts)], parts, atol=2e-4)
 
 
 def forced(top_k: int = 64) -> Trace:

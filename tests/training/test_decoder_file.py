@@ -1,0 +1,90 @@
+"""Decoder files: options come back as they were, models are named from the file's place, nonsense is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shallowfusion import DecodingOptions, fusion
+from shallowfusion.cli.configuration import apply_configuration
+from shallowfusion.cli.main import main
+from shallowfusion.cli.transcribe import options_from
+from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.training.decoder_file import DecoderFile, saved_options
+
+OPTIONS = [
+    DecodingOptions(),
+    DecodingOptions(beam_size=7, length_bonus=0.25, end_threshold=None, suppress_tokens=[3, 4], suppress_blank=False),
+    DecodingOptions(stop_rule="whisper", length_penalty=None, patience=2.0, early_stopping="never"),
+    DecodingOptions(hotwords=["Fallot", "stent"], hotword_weight=3.0, no_repeat_ngram_size=4, initial_prompt="a b"),
+    DecodingOptions(end_policy="asr_only", min_new_tokens=2, max_new_tokens=40, asr_temperature=1.5),
+]
+
+
+def file(options: DecodingOptions, rule: str = "static(0.4)") -> DecoderFile:
+    return DecoderFile("some/model", ("gpt2",), rule, saved_options(options), ("a", "b"), None, {"errors": 3})
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_options_come_back_from_the_file_and_through_the_command_line(number, tmp_path: Path, monkeypatch) -> None:
+    options = OPTIONS[number]
+    file(options).save(tmp_path / "d.json")
+    found = DecoderFile.load(tmp_path / "d.json")
+    assert found == file(options)
+    wanted = replace(options, rule=fusion.static(0.4), hotwords=options.weighted_hotwords() or None, hotword_weight=4.0)
+    assert found.decoding_options() == wanted
+    seen: list[DecodingOptions] = []
+
+    def remember(arguments) -> int:
+        apply_configuration(arguments)
+        seen.append(options_from(arguments))
+        assert (arguments.asr, arguments.lm) == ("some/model", ["gpt2"])
+        return 0
+
+    monkeypatch.setattr("shallowfusion.cli.transcribe.run", remember)
+    assert main(["transcribe", "x.wav", "--config", str(tmp_path / "d.json")]) == 0
+    assert seen == [wanted]
+    assert main(["transcribe", "x.wav", "--config", str(tmp_path / "d.json"), "--beam-size", "3"]) == 0
+    assert seen[1] == replace(wanted, beam_size=3)
+
+
+def test_model_directories_are_named_from_the_file(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "models" / "asr").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    own = replace(file(DecodingOptions()), asr="models/asr")
+    own.save(tmp_path / "out" / "d.json")
+    assert json.loads((tmp_path / "out" / "d.json").read_text())["asr"] == "../models/asr"
+    monkeypatch.chdir(tmp_path / "out")
+    found = DecoderFile.load(tmp_path / "out" / "d.json")
+    assert Path(found.asr).samefile(tmp_path / "models" / "asr")
+    assert found.lm == ("gpt2",)  # a hub id stays what it is
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "cake"}, "is no decoder file"),
+        ({"version": 9}, "is no decoder file"),
+        ({"rule": "magic(1)"}, "unknown rule"),
+        ({"options": {"beams": 3}}, "unknown option beams"),
+        ({"options": {"beam_size": 0}}, "beam_size must be"),
+        ({"asr": 3}, "is no decoder file"),
+        ({"calibration": {}}, "is no decoder file"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(tmp_path: Path, changes: dict, words: str) -> None:
+    file(DecodingOptions()).save(tmp_path / "d.json")
+    record = json.loads((tmp_path / "d.json").read_text())
+    (tmp_path / "d.json").write_text(json.dumps(record | changes))
+    with pytest.raises(InvalidArgumentError, match=words):
+        DecoderFile.load(tmp_path / "d.json")
+
+
+def test_an_option_the_command_line_lacks_is_named(tmp_path: Path, capsys) -> None:
+    file(DecodingOptions(coverage="gnmt")).save(tmp_path / "d.json")
+    assert main(["transcribe", "x.wav", "--config", str(tmp_path / "d.json")]) == 2
+    assert "sets coverage, which the command line has no option for" in capsys.readouterr().err
