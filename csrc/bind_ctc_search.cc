@@ -118,7 +118,7 @@ py::array_t<int32_t> to_array(const std::vector<int32_t>& values, py::ssize_t co
 py::tuple to_tuple(const CtcHypothesis& hypothesis) {
   return py::make_tuple(py::str(hypothesis.text), to_array(hypothesis.labels, 1),
                         to_array(hypothesis.label_frames, 2), to_array(hypothesis.word_frames, 2), hypothesis.total,
-                        hypothesis.asr, hypothesis.lm, hypothesis.lm_state);
+                        hypothesis.asr, hypothesis.lm, hypothesis.lm_state, hypothesis.extra);
 }
 
 py::list results(SharedCtcState& shared, int64_t n_best, bool ended, int threads) {
@@ -138,6 +138,28 @@ py::list results(SharedCtcState& shared, int64_t n_best, bool ended, int threads
     answers.append(py::make_tuple(errors[i], hypotheses));
   }
   return answers;
+}
+
+py::list live(SharedCtcState& shared) {
+  std::vector<std::vector<CtcLive>> found;
+  {
+    const py::gil_scoped_release no_gil;
+    shared.with([&](const CtcState& state) {
+      for (int64_t i = 0; i < state.num_utterances(); ++i) found.push_back(state.utterance(i).live());
+    });
+  }
+  py::list answers;
+  for (const auto& utterance : found) {
+    py::list own;
+    for (const CtcLive& prefix : utterance) own.append(py::make_tuple(prefix.text, prefix.is_open, prefix.extra));
+    answers.append(own);
+  }
+  return answers;
+}
+
+void set_extras(SharedCtcState& shared, const std::vector<std::vector<double>>& extras) {
+  const py::gil_scoped_release no_gil;
+  shared.with([&](CtcState& state) { state.set_extras(extras); });
 }
 
 std::vector<int64_t> each(SharedCtcState& shared, int64_t (CtcUtterance::*method)() const) {
@@ -194,6 +216,8 @@ void bind_ctc_search(py::module_& module) {
           py::kw_only(), py::arg("start_states"));
   py::class_<SharedCtcState>(module, "CtcState")
       .def("step", &step, py::kw_only(), py::arg("log_probs"), py::arg("counts"), py::arg("threads"))
+      .def("live", &live)
+      .def("set_extras", &set_extras, py::kw_only(), py::arg("extras"))
       .def("results", &results, py::kw_only(), py::arg("n_best"), py::arg("ended"), py::arg("threads"))
       .def_property_readonly("num_frames", [](SharedCtcState& state) { return each(state, &CtcUtterance::num_frames); })
       .def_property_readonly("num_prefixes",

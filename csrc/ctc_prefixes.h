@@ -50,6 +50,7 @@ struct CtcPrefix {
   int32_t word_characters;  // of the word being spelled; 0 between words
   int32_t last_close;       // the prefix, itself included, that last closed a word; -1: none
   int32_t live;             // place in the beam; -1: none
+  double extra = 0.0;       // nats that the caller set of a live prefix; others have their parent's
 };
 
 // What the end of the utterance adds to a prefix.

@@ -45,7 +45,7 @@ std::vector<CtcUtterance::Ending> CtcUtterance::endings(bool ended) const {
     const CtcPrefix& node = prefixes_[entry.node];
     const double mass = combine(entry.blank.value, entry.label.value);
     if (mass <= 0.0) continue;
-    const double asr = std::log(mass) + offset_ - node.fused;
+    const double asr = std::log(mass) + offset_ - node.fused - node.extra;
     const CtcEnding ending = ended ? prefixes_.ending(entry.node) : CtcEnding{node.fused, node.lm, node.lm_state};
     if (rules.delimiter >= 0 || rules.merge_texts) {
       const auto [at, is_new] = places.emplace(node.text_hash, found.size());
@@ -59,13 +59,43 @@ std::vector<CtcUtterance::Ending> CtcUtterance::endings(bool ended) const {
   }
   double best = -std::numeric_limits<double>::infinity();
   for (Ending& one : found) {
-    one.total = one.asr + one.ending.fused;
+    one.total = one.asr + one.ending.fused + prefixes_[live_[one.entry].node].extra;
     best = std::max(best, one.total);
   }
   const auto outside = [&](const Ending& one) { return one.total < best - rules.beam_margin; };
   found.erase(std::remove_if(found.begin(), found.end(), outside), found.end());
   std::stable_sort(found.begin(), found.end(),
                    [](const Ending& one, const Ending& other) { return one.total > other.total; });
+  return found;
+}
+
+std::vector<int32_t> CtcUtterance::labels_of(int32_t node) const {
+  std::vector<int32_t> labels;
+  for (; node > 0; node = prefixes_[node].parent) labels.push_back(prefixes_[node].label);
+  std::reverse(labels.begin(), labels.end());
+  return labels;
+}
+
+std::vector<CtcLive> CtcUtterance::live() const {
+  std::vector<CtcLive> found;
+  if (!error_.empty()) return found;
+  for (const Entry& entry : live_) {
+    const CtcPrefix& node = prefixes_[entry.node];
+    CtcLive made{"", false, node.extra};
+    bool fresh = true;  // the next text begins a word
+    for (const int32_t number : labels_of(entry.node)) {
+      const CtcLabel& label = model_->labels[number];
+      fresh = fresh || label.begins_word;
+      if (!label.text.empty()) {
+        if (fresh && !made.text.empty()) made.text += ' ';
+        made.text += label.text;
+        fresh = false;
+      }
+      fresh = fresh || label.ends_word;
+    }
+    made.is_open = !fresh;
+    found.push_back(std::move(made));
+  }
   return found;
 }
 
@@ -76,8 +106,8 @@ CtcHypothesis CtcUtterance::hypothesis(const Ending& ending) const {
   made.asr = ending.asr;
   made.lm = ending.ending.lm;
   made.lm_state = ending.ending.lm_state;
-  for (int32_t node = entry.node; node > 0; node = prefixes_[node].parent) made.labels.push_back(prefixes_[node].label);
-  std::reverse(made.labels.begin(), made.labels.end());
+  made.extra = prefixes_[entry.node].extra;
+  made.labels = labels_of(entry.node);
   made.label_frames.resize(2 * made.labels.size());
   const Mass& mass = entry.label.best > entry.blank.best ? entry.label : entry.blank;
   PathNode last{mass.path, mass.start, mass.end};
@@ -134,6 +164,24 @@ void CtcState::step(const CtcFrames& frames, int threads) {
       utterance.advance(frame, frames.half, frames.strides[2]);
     }
   });
+}
+
+void CtcState::set_extras(const std::vector<std::vector<double>>& extras) {
+  if (static_cast<int64_t>(extras.size()) != num_utterances()) {
+    throw std::invalid_argument("extras must have one list per utterance, " + std::to_string(num_utterances()) +
+                                ", got " + std::to_string(extras.size()) + ".");
+  }
+  for (size_t number = 0; number < extras.size(); ++number) {
+    const size_t wanted = utterances_[number].live().size();
+    if (extras[number].size() != wanted) {
+      throw std::invalid_argument("extras[" + std::to_string(number) + "] must have one number per live prefix, " +
+                                  std::to_string(wanted) + ", got " + std::to_string(extras[number].size()) + ".");
+    }
+    for (const double extra : extras[number]) {
+      if (!std::isfinite(extra)) throw std::invalid_argument("extras must be finite.");
+    }
+  }
+  for (size_t number = 0; number < extras.size(); ++number) utterances_[number].set_extras(extras[number]);
 }
 
 const CtcUtterance& CtcState::utterance(int64_t number) const {

@@ -154,7 +154,9 @@ void CtcUtterance::stay_entry(const Entry& old) {
   if (place < 0) return;
   Entry& above = live_[place];
   const bool repeats = prefixes_[node.parent].label == label;
-  const double factor = label_prob * node.factor;
+  double factor = label_prob * node.factor;
+  const double apart = node.extra - prefixes_[node.parent].extra;
+  if (apart != 0.0) factor *= std::exp(apart);
   const double from = repeats ? above.blank.value : combine(above.blank.value, above.label.value);
   entry.label.value = combine(entry.label.value, from * factor);
   Mass& source = !repeats && above.label.best > above.blank.best ? above.label : above.blank;
@@ -252,8 +254,9 @@ void CtcUtterance::extend_entry(size_t place) {
     const double factor = closes ? largest_factor : model_->child_factor;
     if (from == 0.0 || from * factor < threshold_) continue;
     const int32_t node = prefixes_.child(parent, label);
-    const CtcPrefix& prefix = prefixes_[node];
+    CtcPrefix& prefix = prefixes_[node];
     if (prefix.live >= 0) continue;  // its parent's part was added when it stayed
+    prefix.extra = prefixes_[parent].extra;
     const double value = from * prefix.factor;
     if (value * prefix.rank < threshold_ || value == 0.0) continue;
     Mass& source = !repeats && above.label.best > above.blank.best ? above.label : above.blank;
@@ -307,7 +310,10 @@ void CtcUtterance::merge_group(size_t begin, size_t end, bool blank) {
   }
   for (size_t at = begin; at < end; ++at) {
     if (at == largest) continue;
-    mass(largest).value = combine(mass(largest).value, mass(at).value);
+    const double apart =
+        prefixes_[next_[texts_[largest].second].node].extra - prefixes_[next_[texts_[at].second].node].extra;
+    const double value = apart == 0.0 ? mass(at).value : mass(at).value * std::exp(apart);
+    mass(largest).value = combine(mass(largest).value, value);
     mass(at) = Mass{};
   }
 }
@@ -371,6 +377,26 @@ void CtcUtterance::rescale() {
     }
   }
   offset_ += exponent * std::log(2.0);
+}
+
+// Masses take up what is new of their prefix's extra; the largest change goes into the common scale.
+void CtcUtterance::set_extras(const std::vector<double>& extras) {
+  if (!error_.empty() || live_.empty()) return;
+  double largest = -std::numeric_limits<double>::infinity();
+  for (size_t place = 0; place < live_.size(); ++place) {
+    largest = std::max(largest, extras[place] - prefixes_[live_[place].node].extra);
+  }
+  for (size_t place = 0; place < live_.size(); ++place) {
+    CtcPrefix& node = prefixes_[live_[place].node];
+    const double scale = std::exp(extras[place] - node.extra - largest);
+    for (Mass* mass : {&live_[place].blank, &live_[place].label}) {
+      mass->value *= scale;
+      mass->best *= scale;
+    }
+    node.extra = extras[place];
+  }
+  offset_ += largest;
+  rescale();
 }
 
 // Frees prefixes and paths that nothing live needs.

@@ -35,6 +35,14 @@ struct CtcHypothesis {
   double asr;
   double lm;
   uint32_t lm_state;
+  double extra;
+};
+
+// A prefix in the beam.
+struct CtcLive {
+  std::string text;
+  bool is_open;  // a word is being spelled
+  double extra;
 };
 
 // The scores of one step; strides in bytes, the caller owns the memory.
@@ -56,7 +64,7 @@ struct CtcModel {
   CtcModel(CtcRules rules, std::vector<CtcLabel> labels, CtcLanguage language);
 };
 
-// One utterance. Masses are probabilities times exp(fused), scaled by powers of two so that the best stays near 1:
+// One utterance. Masses are probabilities times exp(fused + extra), scaled by powers of two so that the best stays near 1:
 // no logarithm is taken on the way, and what lies 700 nats below the best is gone.
 class CtcUtterance {
  public:
@@ -64,6 +72,8 @@ class CtcUtterance {
 
   void advance(const char* frame, bool half, int64_t label_stride);
   std::vector<CtcHypothesis> results(int64_t n_best, bool ended) const;
+  std::vector<CtcLive> live() const;
+  void set_extras(const std::vector<double>& extras);  // in the order of `live`
   const std::string& error() const { return error_; }
   int64_t num_frames() const { return frame_; }
   int64_t num_prefixes() const { return static_cast<int64_t>(prefixes_.size()); }
@@ -128,6 +138,7 @@ class CtcUtterance {
   int32_t push(Entry& entry, Mass& mass);
   std::vector<Ending> endings(bool ended) const;
   CtcHypothesis hypothesis(const Ending& ending) const;
+  std::vector<int32_t> labels_of(int32_t node) const;
 
   const CtcModel* model_;
   CtcPrefixes prefixes_;
@@ -159,6 +170,7 @@ class CtcState {
 
   void step(const CtcFrames& frames, int threads);
   const CtcUtterance& utterance(int64_t number) const;
+  void set_extras(const std::vector<std::vector<double>>& extras);
   int64_t num_utterances() const { return static_cast<int64_t>(utterances_.size()); }
   std::vector<std::vector<CtcHypothesis>> results(int64_t n_best, bool ended, int threads) const;
 

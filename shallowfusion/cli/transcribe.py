@@ -190,7 +190,8 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         "--lm",
         action="append",
         default=[],
-        help="language model on the same tokenizer, or NAME.arpa of its pieces (for a CTC model: of words); repeatable",
+        help='language model on the same tokenizer (on any with --rule "delayed(0.5)"), or NAME.arpa of its pieces '
+        "(for a CTC model: of words); repeatable",
     )
     add_configuration(parser)
     parser.add_argument(

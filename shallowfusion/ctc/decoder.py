@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import torch
 from shallowfusion.audio.reading import read_audio
 from shallowfusion.checks import integer
 from shallowfusion.config import require
+from shallowfusion.ctc.delayed import DelayedCtcSearch
 from shallowfusion.ctc.models import CtcModel, load_ctc_model
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
+from shallowfusion.fusion.rules import Rule
 from shallowfusion.ngrams.table import NgramTable
-from shallowfusion.results import Transcription
-from shallowfusion.scorers.loading import choose_device, choose_dtype
+from shallowfusion.results import Timing, Transcription
+from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.loading import choose_device, choose_dtype, load_causal_lm
 from shallowfusion.values import Hypothesis, Token
 
 __all__ = ["CTCDecoder"]
@@ -41,6 +45,7 @@ class CTCDecoder:
         word_start: how labels that begin a word are marked, for instance "▁"; None = they are not.
         frame_seconds: length of a frame, for durations; 0 = unknown.
         threads: utterances decoded at a time, None = all cores.
+        llm: a causal language model on any tokenizer, asked late under a rule of fusion.delayed.
 
     Raises:
         InvalidArgumentError: an index or label outside the labels.
@@ -57,6 +62,7 @@ class CTCDecoder:
         word_start: str | None = None,
         frame_seconds: float = 0.0,
         threads: int | None = None,
+        llm: CausalLMScorer | None = None,
     ) -> None:
         names = tuple(labels)
         mark = None if delimiter is None else _index("delimiter", delimiter, names)
@@ -65,6 +71,7 @@ class CTCDecoder:
         self.frame_seconds = frame_seconds
         self._search = CtcSearch(self.alphabet, CtcOptions(), self.language, threads)
         self.model: CtcModel | None = None
+        self.llm = llm
 
     @classmethod
     def from_pretrained(
@@ -74,22 +81,31 @@ class CTCDecoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         threads: int | None = None,
+        llm: str | Path | None = None,
     ) -> CTCDecoder:
         """Load a CTC model of transformers (wav2vec2, HuBERT, WavLM, Parakeet, ...) by hub id or local directory.
 
-        Labels, blank and word delimiter come from its tokenizer. Spell the words of an `lm` as the labels do.
+        Labels, blank and word delimiter come from its tokenizer. Spell the words of an `lm` as the labels do. `llm` is
+        a causal language model by hub id or local directory, for rules of fusion.delayed.
 
         Raises:
             ModelError: the model cannot be loaded.
         """
         where = choose_device(device)
         model = load_ctc_model(str(asr), where, choose_dtype(dtype, where))
-        made = cls(model.labels, model.blank, model.delimiter, lm, model.word_start, model.frame_seconds, threads)
+        late = None if llm is None else load_causal_lm(str(llm), where, choose_dtype(dtype, where))
+        made = cls(model.labels, model.blank, model.delimiter, lm, model.word_start, model.frame_seconds, threads, late)
         made.model = model
         return made
 
     def transcribe(
-        self, recordings: Any, options: CtcOptions | None = None, n_best: int = 1, batch_size: int = 8, **names: Any
+        self,
+        recordings: Any,
+        options: CtcOptions | None = None,
+        n_best: int = 1,
+        batch_size: int = 8,
+        rule: Rule | None = None,
+        **names: Any,
     ) -> list[Transcription]:
         """Transcribe recordings with the loaded model.
 
@@ -99,6 +115,7 @@ class CTCDecoder:
             options: or option names as keywords.
             n_best: hypotheses per recording.
             batch_size: recordings decoded together.
+            rule: see `decode`.
 
         Returns:
             One result per recording, in order; one that failed has `error` set, the others go on.
@@ -113,7 +130,7 @@ class CTCDecoder:
         self.search(options, **names)
         results = []
         for first in range(0, len(items), batch_size):
-            results += self._batch(items[first : first + batch_size], first, options, n_best, names)
+            results += self._batch(items[first : first + batch_size], first, options, n_best, {"rule": rule, **names})
         return results
 
     def _batch(
@@ -150,7 +167,13 @@ class CTCDecoder:
         return search
 
     def decode(
-        self, log_probs: Any, lengths: Any = None, options: CtcOptions | None = None, n_best: int = 1, **names: Any
+        self,
+        log_probs: Any,
+        lengths: Any = None,
+        options: CtcOptions | None = None,
+        n_best: int = 1,
+        rule: Rule | None = None,
+        **names: Any,
     ) -> list[Transcription]:
         """Decode a batch.
 
@@ -159,6 +182,7 @@ class CTCDecoder:
             lengths: frames of each utterance, None = all.
             options: or option names as keywords.
             n_best: hypotheses per utterance.
+            rule: of fusion.delayed, for the `llm`; its interval counts frames.
 
         Returns:
             One result per utterance, in order; one that failed has `error` set, which its `text` raises. The scores of
@@ -167,11 +191,19 @@ class CTCDecoder:
         Raises:
             InvalidArgumentError: bad options, or scores of another shape.
         """
-        search = self.search(options, **names)
+        search: Any = self.search(options, **names)
+        if rule is not None:
+            require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
+            search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
+        start = time.perf_counter()
         state = search.begin(len(log_probs) if hasattr(log_probs, "__len__") else 0)
         search.step(state, log_probs, lengths)
         results = search.end(state, n_best)
         made = [self._transcription(*pair) for pair in zip(range(len(results)), results, state.num_frames, strict=True)]
+        if rule is not None:
+            seconds = {"search": time.perf_counter() - start}
+            timing = Timing(seconds, sum(state.num_frames) * self.frame_seconds, state.counts)
+            made = [dataclasses.replace(transcription, rule=rule, timing=timing) for transcription in made]
         for transcription in made:
             if transcription.error is not None:
                 logger.error("%s was not decoded: %s", transcription.source, transcription.error)

@@ -14,7 +14,7 @@ from shallowfusion.checks import integer_array
 from shallowfusion.config import require
 from shallowfusion.errors import AcousticScoresError, InvalidArgumentError
 
-__all__ = ["CtcHypothesis", "CtcResult", "Frames", "frames_of", "start_states_of"]
+__all__ = ["CtcHypothesis", "CtcLive", "CtcResult", "Frames", "frames_of", "start_states_of"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -34,6 +34,7 @@ class CtcHypothesis:
         total: what hypotheses are ranked by: acoustic log-prob, weighted language log-prob and bonuses; nats.
         parts: unweighted log-probs: "asr", and "lm" if there is a language model; nats.
         lm_state: of the language model after the last word, before the end of the sentence.
+        extra: what `set_extras` gave the text, in `total`; nats.
     """
 
     text: str
@@ -43,12 +44,28 @@ class CtcHypothesis:
     total: float
     parts: Mapping[str, float]
     lm_state: int
+    extra: float = 0.0
 
     @property
     def words(self) -> list[tuple[str, tuple[int, int]]]:
         """Each word with its frames."""
         words = self.text.split(" ") if len(self.word_frames) != 1 else [self.text]
         return [(word, (start, end)) for word, (start, end) in zip(words, self.word_frames.tolist(), strict=False)]
+
+
+@dataclass(frozen=True)
+class CtcLive:
+    """A prefix in the beam.
+
+    Args:
+        text: so far, as `CtcHypothesis.text`.
+        is_open: a word is being spelled.
+        extra: nats that `set_extras` gave it, or the prefix it comes from.
+    """
+
+    text: str
+    is_open: bool
+    extra: float
 
 
 @dataclass(frozen=True)
@@ -149,3 +166,17 @@ def results_of(answers: Sequence[tuple[str, Sequence[CtcHypothesis]]], frame_cou
         else:
             results.append(CtcResult(tuple(hypotheses)))
     return results
+
+
+def extras_of(given: object) -> list[list[float]]:
+    """Lists of finite numbers.
+
+    Raises:
+        InvalidArgumentError: anything else.
+    """
+    try:
+        extras = [[float(value) for value in own] for own in given]  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"extras must be a list of numbers per utterance: {error}.") from None
+    require(all(np.isfinite(value) for own in extras for value in own), "extras must be finite.")
+    return extras

@@ -10,7 +10,15 @@ from typing import Any, Protocol
 from shallowfusion import _native
 from shallowfusion.checks import LARGEST_INTEGER, integer
 from shallowfusion.config import require
-from shallowfusion.ctc.results import CtcHypothesis, CtcResult, frames_of, results_of, start_states_of
+from shallowfusion.ctc.results import (
+    CtcHypothesis,
+    CtcLive,
+    CtcResult,
+    extras_of,
+    frames_of,
+    results_of,
+    start_states_of,
+)
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import VocabularyError
 
@@ -74,6 +82,24 @@ class CtcSearchProtocol(Protocol):
 
         Raises:
             InvalidArgumentError: not such an array. Nothing is changed then.
+        """
+        ...
+
+    def live(self, state: Any) -> list[list[CtcLive]]:
+        """The prefixes in the beam of every utterance, best of the last step first; none of one that failed."""
+        ...
+
+    def set_extras(self, state: Any, extras: Sequence[Sequence[float]]) -> None:
+        """Give every live prefix a score of the caller's own, for instance of a language model that is asked late.
+
+        It is part of the totals from now on, in place of what was given before, and prefixes inherit it. The order of
+        the beam is found again at the next frame, or at the end.
+
+        Args:
+            extras: nats, finite, for each utterance in the order of `live`.
+
+        Raises:
+            InvalidArgumentError: not one finite number per live prefix. Nothing is changed then.
         """
         ...
 
@@ -148,6 +174,12 @@ class CtcSearch:
     def step(self, state: Any, log_probs: object, lengths: object = None) -> None:
         frames = frames_of(log_probs, lengths, len(state.num_frames), len(self.alphabet.labels))
         state.step(log_probs=frames.log_probs, counts=frames.counts, threads=self._threads)
+
+    def live(self, state: Any) -> list[list[CtcLive]]:
+        return [[CtcLive(*prefix) for prefix in own] for own in state.live()]
+
+    def set_extras(self, state: Any, extras: Sequence[Sequence[float]]) -> None:
+        state.set_extras(extras=extras_of(extras))
 
     def results(self, state: Any, n_best: int = 1) -> list[CtcResult]:
         return self._results(state, n_best, ended=False)
@@ -251,6 +283,6 @@ def _language(options: CtcOptions, language: CtcLanguage | None, lexicon: _nativ
 
 
 def _hypothesis(record: tuple[Any, ...], has_lm: bool) -> CtcHypothesis:
-    text, labels, label_frames, word_frames, total, asr, lm, lm_state = record
+    text, labels, label_frames, word_frames, total, asr, lm, lm_state, extra = record
     parts = {"asr": asr, "lm": lm} if has_lm else {"asr": asr}
-    return CtcHypothesis(text, labels, label_frames, word_frames, total, parts, lm_state)
+    return CtcHypothesis(text, labels, label_frames, word_frames, total, parts, lm_state, extra)

@@ -10,19 +10,26 @@ from typing import Any
 import numpy as np
 
 from shallowfusion.checks import LARGEST_INTEGER, integer
-from shallowfusion.ctc.results import CtcHypothesis, CtcResult, frames_of, results_of, start_states_of
+from shallowfusion.config import require
+from shallowfusion.ctc.language_reference import Language, Prefix
+from shallowfusion.ctc.results import (
+    CtcHypothesis,
+    CtcLive,
+    CtcResult,
+    extras_of,
+    frames_of,
+    results_of,
+    start_states_of,
+)
 from shallowfusion.ctc.search import (
     MAX_UTTERANCES,
     check_settings,
-    known_words,
-    label_words,
     merges_texts,
 )
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 
 __all__ = ["ReferenceCtcSearch"]
 
-USUAL_WORD = 6  # characters; longer unknown words cost more
 LARGEST_LOG_PROB = 1e-3  # rounding of a log-softmax
 LARGEST_SUM = 1.05  # of the probabilities of the first frame
 IMPOSSIBLE = -math.inf
@@ -33,27 +40,6 @@ Times = tuple[tuple[int, int], ...]
 def log_add(one: float, other: float) -> float:
     largest = max(one, other)
     return largest if largest == IMPOSSIBLE else largest + math.log1p(math.exp(min(one, other) - largest))
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A text in the making: its labels, its closed words, the word being spelled, and what is said of them."""
-
-    labels: tuple[int, ...] = ()
-    words: tuple[str, ...] = ()
-    word: str = ""
-    fused: float = 0.0
-    lm: float = 0.0
-    lm_state: int = 0
-    closes: bool = False  # its last label was the end of a word by itself
-
-    @property
-    def last(self) -> int:
-        return self.labels[-1] if self.labels else -1
-
-    @property
-    def text(self) -> str:
-        return " ".join((*self.words, self.word) if self.word else self.words)
 
 
 @dataclass(frozen=True)
@@ -89,80 +75,6 @@ class State:
     @property
     def num_frames(self) -> list[int]:
         return [utterance.frames for utterance in self.utterances]
-
-
-class Language:
-    """What words and labels are worth."""
-
-    def __init__(self, alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None) -> None:
-        self.alphabet, self.options, self.language = alphabet, options, language
-        self.label_words = label_words(alphabet, language)
-        self.by_words = language is not None and language.unit == "words"
-        self.words: dict[str, tuple[int, bool]] = {}
-        if language is not None and self.by_words:
-            self.words = {word: (number, known) for word, number, known in known_words(language)}
-        self.beginnings = {word[:n] for word, (_, known) in self.words.items() if known for n in range(len(word) + 1)}
-
-    def extended(self, prefix: Prefix, label: int) -> Prefix:
-        piece = self.alphabet.pieces[label]
-        if piece.begins_word or prefix.closes:
-            prefix = self.closed(prefix)
-        prefix = replace(
-            prefix,
-            labels=(*prefix.labels, label),
-            word=prefix.word + piece.text,
-            closes=piece.ends_word,
-            fused=prefix.fused + self.options.length_bonus,
-        )
-        if self.language is not None and self.language.unit == "labels":
-            return self.scored(prefix, self.label_words[label])
-        return prefix
-
-    def closed(self, prefix: Prefix, even_empty: bool = False) -> Prefix:
-        if not prefix.word and not even_empty:
-            return prefix
-        if self.language is not None and self.by_words:
-            number, known = self.words.get(prefix.word, (self.language.table.model.unknown_word, False))
-            prefix = self.scored(prefix, number)
-            if not known:
-                unknown = self.options.lm_weight * self.language.unknown_word
-                prefix = replace(prefix, fused=prefix.fused + unknown)
-        bonus = self.options.word_bonus
-        if prefix.word in self.options.hotword_list:
-            bonus += self.options.hotword_weight
-        words = (*prefix.words, prefix.word) if prefix.word else prefix.words
-        return replace(prefix, words=words, word="", fused=prefix.fused + bonus)
-
-    def scored(self, prefix: Prefix, word: int) -> Prefix:
-        assert self.language is not None
-        log_probs, states = self.language.table.score([prefix.lm_state], [word])
-        log_prob = float(log_probs[0])
-        fused = prefix.fused + self.options.lm_weight * log_prob
-        return replace(prefix, lm=prefix.lm + log_prob, fused=fused, lm_state=int(states[0]))
-
-    def spelling(self, prefix: Prefix) -> float:
-        """What only ranks: the word being spelled."""
-        word = prefix.word
-        if not word:
-            return 0.0
-        lengths = [len(hotword) for hotword in self.options.hotword_list if hotword.startswith(word)]
-        if lengths:
-            return self.options.hotword_weight * len(word) / min(lengths)
-        if self.language is None or not self.by_words or word in self.beginnings:
-            return 0.0
-        return self.language.unknown_prefix * max(len(word), USUAL_WORD) / USUAL_WORD
-
-    def ended(self, prefix: Prefix) -> tuple[Prefix, int]:
-        """The prefix after the end, and the state before it."""
-        language = self.language
-        if self.alphabet.has_words:
-            prefix = self.closed(
-                prefix, even_empty=self.by_words and language is not None and language.score_empty_word
-            )
-        state = prefix.lm_state
-        if language is not None and language.score_boundary:
-            prefix = self.scored(prefix, language.table.model.end_word)
-        return prefix, state
 
 
 class ReferenceCtcSearch:
@@ -258,7 +170,7 @@ class ReferenceCtcSearch:
             found[labels] = Entry(self._language.extended(entry.prefix, label), order)
         child = found[labels]
         times = source.times if entry.prefix.labels else ()
-        change = log_prob + child.prefix.fused - entry.prefix.fused
+        change = log_prob + child.prefix.fused - entry.prefix.fused + child.prefix.extra - entry.prefix.extra
         new = Path(source.mass + change, source.best + change, (*times, (time, time + 1)))
         child.label = self._joined(child.label, new)
 
@@ -316,10 +228,33 @@ class ReferenceCtcSearch:
                 first = max(group, key=lambda entry: getattr(entry, name).mass)
                 mass = IMPOSSIBLE
                 for entry in group:
-                    mass = self._add(mass, getattr(entry, name).mass)
+                    apart = first.prefix.extra - entry.prefix.extra
+                    mass = self._add(mass, getattr(entry, name).mass + apart)
                     if entry is not first:
                         setattr(entry, name, Path())
                 setattr(first, name, replace(getattr(first, name), mass=mass))
+
+    def live(self, state: Any) -> list[list[CtcLive]]:
+        return [
+            [] if utterance.error else [self._live(entry.prefix) for entry in utterance.beam]
+            for utterance in state.utterances
+        ]
+
+    def _live(self, prefix: Prefix) -> CtcLive:
+        return CtcLive(prefix.text, bool(prefix.word) and not prefix.closes, prefix.extra)
+
+    def set_extras(self, state: Any, extras: Sequence[Sequence[float]]) -> None:
+        given, live = extras_of(extras), self.live(state)
+        require(
+            [len(own) for own in given] == [len(own) for own in live],
+            f"extras must have one number per live prefix, {[len(own) for own in live]}, "
+            f"got {[len(own) for own in given]}.",
+        )
+        for utterance, own in zip(state.utterances, given, strict=True):
+            for entry, extra in zip(utterance.beam, own, strict=False):
+                change = extra - entry.prefix.extra
+                entry.prefix = replace(entry.prefix, extra=extra)
+                entry.blank, entry.label = moved(entry.blank, change), moved(entry.label, change)
 
     def results(self, state: Any, n_best: int = 1) -> list[CtcResult]:
         return self._results(state, n_best, ended=False)
@@ -344,7 +279,8 @@ class ReferenceCtcSearch:
         for group in groups.values():
             asr = IMPOSSIBLE
             for entry in group:
-                asr = self._add(asr, self._add(entry.blank.mass, entry.label.mass) - entry.prefix.fused)
+                said = entry.prefix.fused + entry.prefix.extra
+                asr = self._add(asr, self._add(entry.blank.mass, entry.label.mass) - said)
             made.append(self._hypothesis(group[0], asr, ended))
         best = max(hypothesis.total for hypothesis in made)
         margin = math.inf if self.options.beam_margin is None else self.options.beam_margin
@@ -362,9 +298,10 @@ class ReferenceCtcSearch:
             label_ids=np.array(entry.prefix.labels, dtype=np.int32),
             label_frames=np.array(times, dtype=np.int32).reshape(-1, 2),
             word_frames=np.array(self._word_times(entry.prefix, times), dtype=np.int32).reshape(-1, 2),
-            total=asr + prefix.fused,
+            total=asr + prefix.fused + prefix.extra,
             parts=parts,
             lm_state=lm_state,
+            extra=prefix.extra,
         )
 
     def _word_times(self, prefix: Prefix, times: Times) -> list[tuple[int, int]]:

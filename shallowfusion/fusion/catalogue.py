@@ -175,7 +175,7 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
 def delayed(
     weight: float,
     trigger: Trigger = "interval",
-    interval: int | None = 4,
+    interval: int | None = 8,
     score_span: ScoreSpan = "all",
     *,
     proxy_weight: float | None = None,

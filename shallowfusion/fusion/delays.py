@@ -44,7 +44,7 @@ class Delay:
     """
 
     trigger: Trigger = "interval"
-    interval: int | None = 4
+    interval: int | None = 8
     score_span: ScoreSpan = "all"
     unit: SpellingUnit = "auto"
     tail: Tail = "mean"

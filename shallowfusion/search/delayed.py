@@ -56,6 +56,7 @@ class DelayedTexts:
         num_utterances = self.num_utterances = trees.num_utterances
         self._waited = [0] * num_utterances  # steps since the last time
         self._fewest = [0] * num_utterances  # complete units of the shortest hypothesis, the last time
+        self.asked: set[int] = set()  # utterances whose hypotheses the last `advance` renewed
         self.rates = [0.0] * num_utterances  # nats per byte of text that is not scored yet
 
     def fresh(self, place: int) -> Scored:
@@ -82,14 +83,17 @@ class DelayedTexts:
         found: list[list[Scored | None]] = []
         requests: list[Request] = []
         places = range(self.num_utterances) if places is None else places
+        self.asked = set()
         for place, own in zip(places, live, strict=True):
             self._waited[place] += steps
             renewed = self._due(place, own)
             found.append(list(own) if renewed is None else renewed)
+            if renewed is not None:
+                self.asked.add(place)
             requests += [Request(place, each.node) for each in renewed or () if each is not None]
         if requests:
             self.trees.score(requests)
-            self._learn_rates(requests, found, places)
+            self._learn_rates(found, places)
         return found
 
     def _due(self, place: int, own: Sequence[Scored | None]) -> list[Scored | None] | None:
@@ -118,13 +122,10 @@ class DelayedTexts:
         self.trees.drop(place, each.node)
         return Scored(each.said, node, units, self.spelling.reach(each.said, units))
 
-    def _learn_rates(
-        self, requests: Sequence[Request], found: Sequence[Sequence[Scored | None]], places: Sequence[int]
-    ) -> None:
-        asked = {request.place for request in requests}
+    def _learn_rates(self, found: Sequence[Sequence[Scored | None]], places: Sequence[int]) -> None:
         for place, own in zip(places, found, strict=True):
             reach = sum(each.reach for each in own if each is not None)
-            if place in asked and reach > 0 and self.delay.tail == "mean":
+            if place in self.asked and reach > 0 and self.delay.tail == "mean":
                 self.rates[place] = sum(each.node.total for each in own if each is not None) / reach
 
 

@@ -87,3 +87,14 @@ def test_the_installed_command_runs() -> None:
     command = [str(Path(sys.executable).parent / "shallowfusion"), "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0.1.0"
+
+
+def test_a_delayed_rule_from_the_command_line_tells_its_calls(capsys) -> None:
+    code, out, _ = run(
+        capsys, "transcribe", clip(2), "--asr", ASR, "--lm", MEDICAL, "--json",
+        "--rule", "delayed(0.6, interval=4, unit='words')",
+    )  # fmt: skip
+    assert code == 0
+    record = json.loads(out)
+    assert record["rule"].startswith("delayed((0.6,), delay=Delay(trigger='interval', interval=4")
+    assert record["timing"]["llm_calls"] > 1

@@ -1,0 +1,155 @@
+"""A language model on any tokenizer inside the CTC search, asked late (METHODS 4); see `search.delayed`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shallowfusion.config import require
+from shallowfusion.ctc.results import CtcHypothesis, CtcLive, CtcResult, frames_of
+from shallowfusion.ctc.search import CtcSearchProtocol
+from shallowfusion.fusion.rules import Rule
+from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.token_trees import Request, TextNode, TokenTrees
+from shallowfusion.search.delayed import DelayedTexts, Scored
+from shallowfusion.text.spelling import Retokenised, Said
+
+__all__ = ["DelayedCtcSearch", "DelayedCtcState"]
+
+
+@dataclass
+class DelayedCtcState:
+    """A batch in progress.
+
+    Args:
+        inner: the state of the search.
+        texts: what the language model has read.
+        num_steps: frames since the language model's clock began.
+    """
+
+    inner: Any
+    texts: DelayedTexts
+    num_steps: int = 0
+    held: list[tuple[int, TextNode]] = field(default_factory=list)
+
+    @property
+    def num_frames(self) -> list[int]:
+        """Frames each utterance has seen."""
+        frames: list[int] = self.inner.num_frames
+        return frames
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Calls of the language model, and tokens it read in them."""
+        return {"llm_calls": self.texts.trees.num_calls, "llm_tokens": self.texts.trees.num_tokens}
+
+
+class DelayedCtcSearch:
+    """A CTC search whose prefixes carry weight * log P(their first complete words) of a causal language model.
+
+    Between frames, when the rule's trigger fires, the texts of the beam are scored and become the prefixes' extras; at
+    the end the last words and the ends are. `delay.interval` counts frames of the longest utterance, so chunks of any
+    sizes give what one call gives. The estimate for text that is not scored yet (tail="mean") is renewed with the rest,
+    not with every label.
+
+    Price: beside the search's own, per trigger one pass over what is new in the beam, and a look at every prefix; per
+    frame a look at every prefix unless the trigger is "interval".
+
+    Args:
+        search: of labels; an n-gram model in it adds to the scores.
+        llm: with its tokenizer.
+        rule: of fusion.delayed, with one weight; its unit is words, or characters.
+
+    Raises:
+        InvalidArgumentError: another rule.
+        VocabularyError: the language model has no tokenizer.
+    """
+
+    def __init__(self, search: CtcSearchProtocol, llm: CausalLMScorer, rule: Rule) -> None:
+        require(
+            rule.delay is not None and len(rule.lm_weights) == 1 and rule.delay.unit != "tokens",
+            "a CTC search takes fusion.delayed(weight) with unit words or characters and no second weight, got "
+            f"{rule}; an n-gram model of the search itself stands in.",
+        )
+        assert rule.delay is not None
+        self._search, self._llm, self._weight, self._delay = search, llm, rule.lm_weights[0], rule.delay
+        unit = "characters" if rule.delay.unit == "characters" else "words"
+        self._spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=rule.delay.lower)  # type: ignore[arg-type]
+
+    def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DelayedCtcState:
+        """Start a batch."""
+        inner = self._search.begin(num_utterances, start_states)
+        return DelayedCtcState(inner, DelayedTexts(TokenTrees(self._llm, num_utterances), self._spelling, self._delay))
+
+    def step(self, state: DelayedCtcState, log_probs: Any, lengths: Any = None) -> None:
+        """Go on by a chunk; see `CtcSearchProtocol.step`."""
+        num_labels = log_probs.shape[2] if getattr(log_probs, "ndim", 0) == 3 else -1
+        frames = frames_of(log_probs, lengths, len(state.num_frames), num_labels)
+        stride = (self._delay.interval or frames.log_probs.shape[1] or 1) if self._delay.trigger == "interval" else 1
+        longest, start = int(frames.counts.max(initial=0)), 0
+        while start < longest:
+            count = min(stride - state.num_steps % stride, longest - start)
+            part = (frames.counts - start).clip(0, count)
+            self._search.step(state.inner, frames.log_probs[:, start : start + count], part)
+            state.num_steps += count
+            start += count
+            self._advance(state, count)
+
+    def results(self, state: DelayedCtcState, n_best: int = 1) -> list[CtcResult]:
+        """What the batch looks like so far, with what the language model was asked so far."""
+        return self._search.results(state.inner, n_best)
+
+    def end(self, state: DelayedCtcState, n_best: int = 1) -> list[CtcResult]:
+        """The final hypotheses, each scored whole and with its end; part "llm". The state may go on afterwards."""
+        live = self._search.live(state.inner)
+        trees, requests = state.texts.trees, []
+        for place, own in enumerate(live):
+            for prefix in own:
+                node = trees.grow(place, self._spelling.whole(Said((), prefix.text.encode())))
+                requests.append(Request(place, node, with_end=True))
+        ends = trees.score(requests)
+        scores = [request.node.total + float(end[0]) for request, end in zip(requests, ends, strict=True)]
+        for request in requests:
+            trees.drop(request.place, request.node)
+        rest = iter(scores)
+        known = [{prefix.text: next(rest) for prefix in own} for own in live]
+        self._search.set_extras(
+            state.inner,
+            [[self._weight * texts[prefix.text] for prefix in own] for own, texts in zip(live, known, strict=True)],
+        )
+        found = self._search.end(state.inner, n_best)
+        self._search.set_extras(state.inner, [[prefix.extra for prefix in own] for own in live])
+        return [
+            dataclasses.replace(result, hypotheses=tuple(_with_part(h, texts[h.text]) for h in result.hypotheses))
+            for result, texts in zip(found, known, strict=True)
+        ]
+
+    def _advance(self, state: DelayedCtcState, steps: int) -> None:
+        live = self._search.live(state.inner)
+        fresh = [[self._said(state, place, prefix) for prefix in own] for place, own in enumerate(live)]
+        scored = state.texts.advance(fresh, steps)
+        extras, held = [], []
+        for place, (own, rows) in enumerate(zip(live, scored, strict=True)):
+            is_asked = place in state.texts.asked
+            extras.append(
+                [
+                    self._weight * state.texts.total(place, row) if is_asked and row is not None else prefix.extra
+                    for prefix, row in zip(own, rows, strict=True)
+                ]
+            )
+            held += [(place, row.node) for row in rows if row is not None]
+        if state.texts.asked:
+            self._search.set_extras(state.inner, extras)
+            state.held, held = held, state.held
+        for place, node in held:
+            state.texts.trees.drop(place, node)
+
+    def _said(self, state: DelayedCtcState, place: int, prefix: CtcLive) -> Scored:
+        text = prefix.text.encode() + (b"" if prefix.is_open or not prefix.text else b" ")
+        return dataclasses.replace(state.texts.fresh(place), said=Said((), text))
+
+
+def _with_part(found: CtcHypothesis, score: float) -> CtcHypothesis:
+    return dataclasses.replace(found, parts={**found.parts, "llm": score})
