@@ -9,6 +9,7 @@ sources; number of sources, dtype, padding, rows and top_k are swept around that
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -25,9 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from shallowfusion.config import BeamSettings
+from shallowfusion.kernels.beam_advance import plan_beam_advance, plan_follow_slots, plan_limit_end
+from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays, SlotArrays
 from shallowfusion.kernels.fused_step import Launch, plan_fused_step, plan_row_statistics
 from shallowfusion.kernels.range_lse import plan_range_log_probs
-from shallowfusion.values import StepRequest, Unmapped
+from shallowfusion.values import StepRequest, Unmapped, no_candidates
 from tests.kernels.cases import extras, request
 from tests.kernels.range_cases import ranges_of
 
@@ -120,6 +124,30 @@ def range_launches() -> Iterator[tuple[str, Launch]]:
         yield "ranges unpadded few rows", launch
 
 
+def advance_launches() -> Iterator[tuple[str, Launch]]:
+    """Device-driven steps of every rule and width; other lengths and prompts must need no variant of their own."""
+    sized = itertools.product(("hf", "whisper", "espnet"), ((1, 1), (5, 1), (8, 2), (32, 1)))
+    asked = [(f"{rule} beam {beam} ends {ends}", rule, beam, ends, 448) for rule, (beam, ends) in sized]
+    asked += [("same variants", rule, 5, 1, 97) for rule in ("hf", "whisper", "espnet")]
+    for name, rule, beam, ends, longest in asked:
+        settings = BeamSettings(beam, tuple(range(ends)), longest, rule, early_stopping="first")
+        for early in ("first", "heuristic") if rule == "hf" else ("heuristic",):
+            tables = AdvanceTables.make(
+                dataclasses.replace(settings, early_stopping=early), torch.zeros((longest + 1, 2)), [(9, 1, 0.0)]
+            )
+            candidates = no_candidates(16, settings.num_candidates, 2, 16 * beam, torch.device("cpu"))
+            arrays = BeamArrays.make(tables, 16, VOCABS[0], settings.num_candidates, 2)
+            yield name, plan_beam_advance(tables, arrays, candidates)
+        for mapping in (None, torch.zeros(VOCABS[0], dtype=torch.int32)) if rule == "hf" else ():
+            slots = SlotArrays.make(16, beam, longest, 4, "cpu")
+            yield f"{name}{'' if mapping is None else ' mapped'}", plan_follow_slots(arrays, slots, mapping, VOCABS[1])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        logits = source(16, VOCABS[0], dtype, True)
+        statistics = plan_row_statistics(logits)[1]
+        allowed = torch.zeros((16, -(-VOCABS[0] // 32)), dtype=torch.int32)
+        yield f"limit {dtype}", plan_limit_end(logits, statistics, allowed, 50256, 1.0, 1.5)
+
+
 def inspect(cubin: bytes) -> dict[str, int]:
     """Registers, stack, shared memory and instruction counts of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -138,7 +166,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     driver.set_active(CompileOnly(capability))
     seen: set[str] = set()
     report = []
-    for name, launch in itertools.chain(launches(), range_launches()):
+    for name, launch in itertools.chain(launches(), range_launches(), advance_launches()):
         began = time.perf_counter()
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
         if compiled.hash in seen:

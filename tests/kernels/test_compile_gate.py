@@ -25,6 +25,9 @@ CEILINGS = {
     "group_sums": 128,
     "row_sums": 96,
     "range_sums": 64,
+    "beam_advance": 192,
+    "follow_slots": 128,
+    "limit_end": 32,
 }
 MANY_SOURCES_CEILING = 255  # three or four sources hold three or four tiles
 

@@ -1,0 +1,114 @@
+"""Random candidate streams for the tests of device-driven steps, and three searches that must decide alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from shallowfusion.config import BeamSettings
+from shallowfusion.kernels.beam_advance import plan_beam_advance
+from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays
+from shallowfusion.kernels.beam_advance_reference import beam_advance_reference
+from shallowfusion.search.beam_state import BeamState, BeamStep
+from shallowfusion.values import Candidates
+from tests.kernels.cases import to_device
+
+END = 3
+VOCAB = 12
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DECIDED = ("lengths", "clocks", "done", "finished", "hashes", "tokens", "parents", "totals", "weights", "bias", "ring")
+
+
+def advance_on_device(tables: AdvanceTables, arrays: BeamArrays, candidates: Candidates) -> None:
+    plan_beam_advance(tables, arrays, candidates).run()
+
+
+def tables_of(settings: BeamSettings, sources: int = 2) -> AdvanceTables:
+    """Weights that differ at every length, and two tokens forbidden early."""
+    steps = torch.arange(settings.max_new_tokens + 1, dtype=torch.float32)
+    weights = torch.stack([1.0 + steps / 8, *[steps / 4] * (sources - 1)], dim=1)
+    return AdvanceTables.make(settings, weights, [(5, 1, -0.5), (END, 3, 0.0), (7, 2, 0.25)], DEVICE)
+
+
+def stream(
+    generator: np.random.Generator, step: BeamStep | None, settings: BeamSettings, utterances: int, *, coarse: bool
+) -> Candidates:
+    """The next candidates of every utterance; some impossible, some NaN, utterances that are done full of nonsense."""
+    count, beam_size = settings.num_candidates, settings.beam_size
+    shape = (utterances, count)
+    gained = -np.sort(generator.exponential(2.0, shape), axis=1)
+    if coarse:
+        gained = np.round(gained * 2) / 2
+    base = np.zeros((utterances, 1)) if step is None else np.nan_to_num(step.totals[:, :1], neginf=0.0)
+    totals = (base + gained).astype(np.float32)
+    live = np.ones(utterances) if step is None else np.isfinite(step.totals).sum(axis=1)
+    lanes = (generator.random(shape) * np.maximum(live, 1)[:, None]).astype(np.int64)
+    tokens = generator.integers(0, VOCAB, shape)
+    tokens[generator.random(shape) < 0.25] = END
+    gone = generator.random(shape) < (1.0 if generator.random() < 0.03 else 0.1)
+    totals[gone] = generator.choice([np.nan, -np.inf, np.inf], gone.sum())
+    lost = generator.random(shape) < 0.05
+    rows = np.where(lost, -1, lanes + beam_size * np.arange(utterances)[:, None])
+    return Candidates(
+        totals=torch.from_numpy(totals),
+        parent_rows=torch.from_numpy(rows),
+        token_ids=torch.from_numpy(tokens),
+        parts=torch.from_numpy(generator.normal(size=(*shape, 2)).astype(np.float32)),
+        flags=torch.from_numpy(generator.random(utterances * beam_size) < 0.03),
+    )
+
+
+def lanes_of(candidates: Candidates, beam_size: int) -> Any:
+    rows = candidates.parent_rows.numpy()
+    return np.where(rows >= 0, rows % beam_size, -1)
+
+
+class Trio:
+    """The kernel, its twin and the C++ beam state over the same candidates."""
+
+    def __init__(self, settings: BeamSettings, utterances: int, seed: int, coarse: bool = False) -> None:
+        self.settings, self.utterances, self.coarse = settings, utterances, coarse
+        self.generator = np.random.default_rng(seed)
+        self.tables = tables_of(settings)
+        self.reference_tables = to_device(self.tables, torch.device("cpu"))
+        self.ours, self.reference = (
+            BeamArrays.make(tables, utterances, VOCAB, settings.num_candidates, 2)
+            for tables in (self.tables, self.reference_tables)
+        )
+        for tables, arrays in ((self.tables, self.ours), (self.reference_tables, self.reference)):
+            arrays.reset(tables, torch.zeros(VOCAB), utterances)
+        self.state = BeamState(settings, utterances, 2)
+        self.step: BeamStep | None = None
+
+    def advance(self, run: Callable[..., None] = advance_on_device, candidates: Candidates | None = None) -> None:
+        """One step of all three, on random candidates if none are given; asserts that they agree bit for bit."""
+        active = (self.reference.done.numpy() == 0).nonzero()[0]
+        if candidates is None:
+            candidates = stream(self.generator, self.step, self.settings, self.utterances, coarse=self.coarse)
+        run(self.tables, self.ours, to_device(candidates, DEVICE))
+        beam_advance_reference(self.reference_tables, self.reference, candidates)
+        ours = to_device(self.ours, torch.device("cpu"))
+        for name in DECIDED:
+            mine, wanted = (getattr(arrays, name) for arrays in (ours, self.reference))
+            assert torch.equal(*(t.view(torch.int32) if t.dtype == torch.float32 else t for t in (mine, wanted))), name
+        lanes = lanes_of(candidates, self.settings.beam_size)
+        offered = (candidates.totals.numpy(), lanes, candidates.token_ids.numpy(), candidates.parts.numpy())
+        moved = self.state.advance(active, *(array[active] for array in offered))
+        np.testing.assert_array_equal(ours.done.numpy()[active] != 0, moved.done)
+        np.testing.assert_array_equal(ours.tokens.numpy()[active], moved.tokens)
+        np.testing.assert_array_equal(ours.parents.numpy()[active], moved.parents)
+        totals = ours.totals.numpy().reshape(self.utterances, -1)
+        np.testing.assert_array_equal(totals[active].view(np.int32), moved.totals.view(np.int32))
+        self.step = BeamStep(ours.tokens.numpy(), ours.parents.numpy(), totals.copy(), ours.done.numpy() != 0)
+
+    def run(self, run: Callable[..., None] = advance_on_device) -> int:
+        """A whole search; the number of steps it took."""
+        for number in range(self.settings.max_new_tokens):
+            self.advance(run)
+            assert self.step is not None
+            if self.step.done.all():
+                return number + 1
+        raise AssertionError("a search must be done after max_new_tokens")
