@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "beam_bindings.h"
 #include "beam_state.h"
 #include "bindings.h"
 
@@ -26,15 +27,6 @@ void check_shape(const char* name, const py::array& array, std::initializer_list
     fits = array.shape(static_cast<py::ssize_t>(axis)) == wanted.begin()[axis];
   }
   if (!fits) throw std::invalid_argument(std::string(name) + " has a shape that does not fit the other arrays.");
-}
-
-template <typename Choice>
-Choice choose(const char* name, const std::string& value,
-              std::initializer_list<std::pair<const char*, Choice>> choices) {
-  for (const auto& [text, choice] : choices) {
-    if (value == text) return choice;
-  }
-  throw std::invalid_argument(std::string(name) + " has the unknown value '" + value + "'.");
 }
 
 // `advance` runs without the GIL, so a lock keeps other threads out of the state meanwhile.
@@ -82,19 +74,6 @@ py::tuple advance(SharedBeamState& shared, const Array<int64_t>& utterances, con
   return py::make_tuple(new_tokens, new_parents, new_totals, done);
 }
 
-py::dict to_dict(const FinishedHypothesis& hypothesis, int64_t num_parts) {
-  py::dict record;
-  record["token_ids"] = py::tuple(py::cast(hypothesis.token_ids));
-  record["total"] = hypothesis.total;
-  record["key"] = hypothesis.key;
-  const auto length = static_cast<int64_t>(hypothesis.token_totals.size());
-  record["token_totals"] = py::array_t<float>({length}, hypothesis.token_totals.data());
-  record["parts"] = py::array_t<float>({length, num_parts}, hypothesis.parts.data());
-  record["ended"] = hypothesis.ended;
-  record["forced"] = hypothesis.forced;
-  return record;
-}
-
 py::list results(SharedBeamState& shared, int64_t utterance, int64_t n_best) {
   // Python objects are made outside the lock: making them may hand the GIL to a thread that waits for it.
   const auto [hypotheses, num_parts] = shared.with([&](const BeamState& state) {
@@ -112,21 +91,8 @@ void bind_beam_state(py::module_& module) {
                          const std::string& stop_rule, std::optional<double> length_penalty,
                          const std::string& early_stopping, double patience, const std::string& recombination,
                          int64_t num_utterances, int64_t num_parts) {
-    BeamRules rules{beam_size,
-                    std::move(end_ids),
-                    max_new_tokens,
-                    choose<StopRule>("stop_rule", stop_rule,
-                                     {{"hf", StopRule::hf}, {"whisper", StopRule::whisper}, {"espnet", StopRule::espnet}}),
-                    length_penalty,
-                    choose<EarlyStopping>("early_stopping", early_stopping,
-                                          {{"heuristic", EarlyStopping::heuristic},
-                                           {"first", EarlyStopping::first},
-                                           {"never", EarlyStopping::never}}),
-                    patience,
-                    choose<Recombination>("recombination", recombination,
-                                          {{"none", Recombination::none},
-                                           {"max", Recombination::max},
-                                           {"logsumexp", Recombination::logsumexp}})};
+    BeamRules rules = beam_rules(beam_size, std::move(end_ids), max_new_tokens, stop_rule, length_penalty,
+                                 early_stopping, patience, recombination);
     return std::make_unique<SharedBeamState>(std::move(rules), num_utterances, num_parts);
   };
   const auto utterance = py::arg("utterance");

@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "capacity_error.h"
+#include "divergence_error.h"
 
 namespace py = pybind11;
 
@@ -21,12 +22,14 @@ void translate(std::exception_ptr pointer) {
     raise_ours("InvalidArgumentError", error);
   } catch (const CapacityError& error) {
     raise_ours("CapacityError", error);
+  } catch (const DivergenceError& error) {
+    raise_ours("DivergenceError", error);
   }
 }
 
 }  // namespace
 
-// Every std::invalid_argument and CapacityError that leaves this module becomes one of our own errors.
+// Every std::invalid_argument, CapacityError and DivergenceError that leaves this module becomes one of our own errors.
 void bind_errors(py::module_&) { py::register_local_exception_translator(&translate); }
 
 }  // namespace shallowfusion

@@ -8,6 +8,7 @@ namespace shallowfusion {
 void bind_errors(pybind11::module_& module);
 void bind_fused_step(pybind11::module_& module);
 void bind_beam_state(pybind11::module_& module);
+void bind_beam_mirror(pybind11::module_& module);
 void bind_page_pool(pybind11::module_& module);
 void bind_arpa_reader(pybind11::module_& module);
 void bind_ngram_table(pybind11::module_& module);

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_errors(module);
   shallowfusion::bind_fused_step(module);
   shallowfusion::bind_beam_state(module);
+  shallowfusion::bind_beam_mirror(module);
   shallowfusion::bind_page_pool(module);
   shallowfusion::bind_arpa_reader(module);
   shallowfusion::bind_ngram_table(module);

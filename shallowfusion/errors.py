@@ -6,6 +6,7 @@ __all__ = [
     "AcousticScoresError",
     "AudioError",
     "CapacityError",
+    "DivergenceError",
     "InvalidArgumentError",
     "ModelError",
     "ShallowFusionError",
@@ -39,3 +40,7 @@ class VocabularyError(ShallowFusionError, ValueError):
 
 class CapacityError(ShallowFusionError, RuntimeError):
     """A fixed-size resource (pages, slots, bytes) is exhausted."""
+
+
+class DivergenceError(ShallowFusionError, RuntimeError):
+    """A device-driven search decided otherwise than the host's replay of the same candidates."""

@@ -38,6 +38,7 @@ RANK = {part: rank for rank, level in enumerate(LEVELS) for part in level}
 NATIVE_FACES = {
     "fusion/native_step.py",
     "search/beam_state.py",
+    "search/beam_mirror.py",
     "scorers/page_pool.py",
     "ngrams/arpa_native.py",
     "ngrams/table.py",
@@ -47,7 +48,12 @@ NATIVE_FACES = {
     "scorers/token_ranges.py",
     "ctc/lexicon.py",
 }
-KERNEL_FACES = {"fusion/step.py", "scorers/token_ranges.py"}
+KERNEL_FACES = {
+    "fusion/step.py",
+    "scorers/token_ranges.py",
+    "search/beam_mirror_reference.py",
+    "search/device_step.py",
+}
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
 
 
