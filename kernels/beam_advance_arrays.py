@@ -24,6 +24,7 @@ __all__ = [
 
 RING_ENTRIES = 64
 HEADER_WORDS = 8  # clock, status, hash low and high, length, and three spare
+SLOT_ROUNDING = 128  # slots; attention masks and cached keys then stay aligned
 LONGEST = 65_536  # tokens; tables hold a row per length
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 IMPOSSIBLE = float("-inf")
@@ -240,7 +241,7 @@ class SlotArrays:
         def empty(width: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros((num_utterances, width), dtype=dtype, device=device)
 
-        capacity = prompt_slots + max_new_tokens * beam_size
+        capacity = -(-(prompt_slots + max_new_tokens * beam_size) // SLOT_ROUNDING) * SLOT_ROUNDING
         return cls(
             steps=empty(1).view(-1),
             seen=empty(beam_size),

@@ -8,11 +8,13 @@ from typing import Literal
 
 from shallowfusion.errors import InvalidArgumentError
 
-__all__ = ["BeamSettings", "require"]
+__all__ = ["DRIVERS", "BeamSettings", "Driver", "require"]
 
 StopRule = Literal["hf", "whisper", "espnet"]
 EarlyStopping = Literal["heuristic", "first", "never"]
 Recombination = Literal["none", "max", "logsumexp"]
+Driver = Literal["auto", "host", "device"]
+DRIVERS: tuple[Driver, ...] = ("auto", "host", "device")
 
 
 def require(condition: bool, message: str) -> None:

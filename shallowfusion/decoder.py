@@ -28,8 +28,10 @@ from shallowfusion.scorers.loading import (
     load_whisper,
 )
 from shallowfusion.search.bridging import LmBridge
+from shallowfusion.search.device_loop import DevicePrograms
+from shallowfusion.search.drivers import driven_search
 from shallowfusion.search.late import finished
-from shallowfusion.search.loop import StageClock, search
+from shallowfusion.search.loop import StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
 from shallowfusion.values import Hypothesis
@@ -61,6 +63,7 @@ class FusionDecoder:
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
+        self._programs = DevicePrograms()
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
     @classmethod
@@ -236,7 +239,7 @@ class FusionDecoder:
         self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._planner.sources(encoder_output, options, clock, seconds)
-        outcomes = search(own.scorers, own.contexts, own.names, own.plan, clock, own.late)
+        outcomes = driven_search(own, options.driver, clock, self._programs)
         outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
             found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]

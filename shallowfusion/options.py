@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, Literal
 
-from shallowfusion.config import BeamSettings, StopRule, require
+from shallowfusion.config import DRIVERS, BeamSettings, Driver, StopRule, require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.catalogue import piecewise, static
 from shallowfusion.fusion.coverage import COVERAGE_KINDS, CoverageKind
@@ -56,6 +56,9 @@ class DecodingOptions:
         asr_temperature, lm_temperature: logits are divided by it before the softmax; `lm_temperature` may hold one
             number per language model.
         batch_size: utterances decoded together.
+        driver: "host": the host decides every step; "device": the device does and the host follows and checks (one
+            CUDA graph per step), where rule and options allow, else the host with the reason logged; "auto": the
+            device on CUDA, the host elsewhere.
 
     Raises:
         InvalidArgumentError: an unknown name or a value outside its range.
@@ -91,6 +94,7 @@ class DecodingOptions:
     asr_temperature: float = 1.0
     lm_temperature: float | Sequence[float] = 1.0
     batch_size: int = 8
+    driver: Driver = "auto"
     num_beams: InitVar[int | None] = None
 
     def __post_init__(self, num_beams: int | None) -> None:
@@ -126,6 +130,7 @@ class DecodingOptions:
             self.early_stopping in (False, True, "never"),
             f"early_stopping must be False, True or 'never', got {self.early_stopping!r}.",
         )
+        require(self.driver in DRIVERS, f"driver must be one of {', '.join(DRIVERS)}, got {self.driver!r}.")
         require(math.isfinite(self.length_bonus), f"length_bonus must be finite, got {self.length_bonus!r}.")
         require(
             self.task in ("transcribe", "translate"),

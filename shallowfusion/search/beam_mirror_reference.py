@@ -64,8 +64,8 @@ class ReferenceBeamMirror:
     def _candidates(self, records: Record) -> tuple[npt.NDArray[np.float32], Record, Record, npt.NDArray[np.float32]]:
         count, body = self._shape.num_candidates, records[:, HEADER_WORDS:]
         totals, lanes, tokens, parts = np.split(body, [count, 2 * count, 3 * count], axis=1)
-        parts = np.ascontiguousarray(parts).view(np.float32).reshape(len(records), count, self._shape.num_parts)
-        return np.ascontiguousarray(totals).view(np.float32), lanes, tokens, parts
+        scores, own = (np.ascontiguousarray(words).view(np.float32) for words in (totals, parts))
+        return scores, lanes, tokens, own.reshape(len(records), count, self._shape.num_parts)
 
     def _verify(self, utterance: int, record: Record, moved: BeamStep, row: int) -> None:
         status = int(record[1])

@@ -90,9 +90,9 @@ def recorded_search() -> Recorded:
 def changes() -> list[tuple[str, Any]]:
     """What a device could do wrong in its third step; all must be noticed."""
 
-    def swap_candidates(entry: Any) -> None:  # the same set in another order of tokens
+    def swap_tokens(entry: Any) -> None:
         first = 8 + 2 * 6
-        entry[0, first : first + 2] = entry[0, first : first + 2][::-1].copy() + (0, 1)
+        entry[0, first : first + 2] = entry[0, first + 1] + 1, entry[0, first]
 
     def shift_total(entry: Any) -> None:
         entry[0, 8] ^= 1
@@ -116,7 +116,7 @@ def changes() -> list[tuple[str, Any]]:
         entry[2, 1] |= 1
 
     return [(change.__name__, change) for change in (
-        swap_candidates, shift_total, stop, idle, other_hash, flag, other_step, wake_padding,
+        swap_tokens, shift_total, stop, idle, other_hash, flag, other_step, wake_padding,
     )]  # fmt: skip
 
 
