@@ -39,14 +39,16 @@ def vocabulary(size: int, begin_id: int | None = None, name: str = "tiny") -> Vo
     return Vocabulary((*pieces, *[None] * (size - TEXT_TOKENS)), END, begin_id, name)
 
 
-def tiny_whisper(seed: int = 0, sharpness: float = 4.0, layers: int = 2, **changes: object) -> AcousticModel:
+def tiny_whisper(
+    seed: int = 0, sharpness: float = 4.0, layers: int = 2, positions: int = 64, **changes: object
+) -> AcousticModel:
     """A random Whisper of width 32 whose distributions are peaked enough for a search to mean something."""
     torch.manual_seed(seed)
     config = WhisperConfig(
         vocab_size=ACOUSTIC_VOCAB, d_model=32, encoder_layers=1, decoder_layers=layers, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16, max_source_positions=30,
-        max_target_positions=64, pad_token_id=END, bos_token_id=END, eos_token_id=END, decoder_start_token_id=START,
-        suppress_tokens=None, begin_suppress_tokens=None, **changes,
+        max_target_positions=positions, pad_token_id=END, bos_token_id=END, eos_token_id=END,
+        decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None, **changes,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -140,11 +140,12 @@ class DevicePrograms:
     Args:
         most: programs kept; the one used longest ago goes first.
         captures: whether steps on CUDA become graphs.
+        branches: whether the models read on streams of their own there.
     """
 
-    def __init__(self, most: int = 4, captures: bool = True) -> None:
+    def __init__(self, most: int = 4, captures: bool = True, branches: bool = True) -> None:
         require(most >= 1, f"most must be at least 1, got {most}.")
-        self.most, self.captures = most, captures
+        self.most, self.captures, self.branches = most, captures, branches
         self.lock = threading.Lock()
         self._known: OrderedDict[Hashable, Program] = OrderedDict()
 
@@ -161,7 +162,7 @@ class DevicePrograms:
         if program is None:
             while len(self._known) >= self.most:
                 self._known.popitem(last=False)
-            program = Program(DeviceStep(cached, plan, places, rooms), self.captures)
+            program = Program(DeviceStep(cached, plan, places, rooms), self.captures, self.branches)
         self._known[key] = program
         program.start(contexts)
         return program
@@ -170,8 +171,9 @@ class DevicePrograms:
 class Program:
     """A device-driven step that can be repeated, and the ring's way to the host."""
 
-    def __init__(self, step: DeviceStep, captures: bool) -> None:
+    def __init__(self, step: DeviceStep, captures: bool, branches: bool) -> None:
         self.step = step
+        self._branches = branches and step.device.type == "cuda"
         self._captures = captures and step.device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._host_ring = torch.empty(0)
@@ -227,10 +229,10 @@ class Program:
             yield self._host_ring[place].numpy()
 
     def _once(self) -> None:
-        """One step; on CUDA the models read on streams of their own, between a fork and a join."""
+        """One step; with branches the models read on streams of their own, between a fork and a join."""
         step = self.step
         step.select()
-        if step.device.type != "cuda" or len(step.decoders) == 1:
+        if not self._branches:
             for source in range(len(step.decoders)):
                 step.read(source)
             return

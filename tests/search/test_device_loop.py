@@ -12,6 +12,7 @@ import torch
 from shallowfusion import DecodingOptions, fusion
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.kernels.beam_advance_arrays import RING_ENTRIES
 from shallowfusion.search.device_loop import DevicePrograms, bucket, device_search, refusal, slot_bytes
 from shallowfusion.search.loop import SearchOutcome, StageClock, search
 from tests.tiny import TEXT_TOKENS, random_encoder_output, tiny_decoder, tiny_lm, tiny_whisper
@@ -141,6 +142,14 @@ def test_nan_ends_one_utterance_and_not_its_neighbours_nor_a_later_batch(model: 
     assert "nan" in found[1].n_best[0].flags
     assert_same([found[0], found[2]], [clean[0], clean[2]])
     assert_same(model.decode(states, driver="device", lm_weight=0.3, **OPTIONS), clean)
+
+
+def test_a_search_longer_than_the_ring() -> None:
+    model = FusionDecoder(tiny_whisper(1, positions=128), [tiny_lm(2, positions=128)])
+    options = {"min_new_tokens": 70, "max_new_tokens": 80, "beam_size": 2, "n_best": 2, "lm_weight": 0.2}
+    ours, theirs = both(model, states_of(model, 1), **options)
+    assert ours[0].timing.counts["device steps"] > RING_ENTRIES
+    assert_same(ours, theirs)
 
 
 def test_prompts_of_different_lengths(model: FusionDecoder) -> None:
