@@ -68,7 +68,10 @@ def plan_follow_slots(arrays: BeamArrays, slots: SlotArrays, mapping: Tensor | N
     beam_size = arrays.parents.shape[1]
     arguments = (
         (arrays.tokens, arrays.parents, arrays.done),
-        (slots.steps, slots.seen, slots.last_tokens, slots.last_slots, slots.slots, slots.bits, slots.counts),
+        (
+            slots.steps, slots.seen, slots.last_tokens, slots.last_slots, slots.slots, slots.bits, slots.counts,
+            slots.sight,
+        ),
         (slots.ids, slots.positions, slots.writes),
         mapping, vocab, slots.capacity, slots.first_slot,
     )  # fmt: skip

@@ -212,6 +212,8 @@ class SlotArrays:
             where its keys are.
         slots: int32 [utterances, capacity], the slots that some lane sees, in order of time; counts says how many.
         bits: int32 [utterances, capacity], bit k is set where lane k sees that slot.
+        sight: int32 [utterances, capacity], the same by slot, 0 where nobody sees it: what masks are made of.
+        lanes: int32 [1, 1, beam_size, 1], 0, 1, ...
         ids, positions, writes: int64 [utterances, beam_size]: what the model reads, where it stands, its slot.
         first_slot: of step 0; those before hold the prompt.
     """
@@ -223,6 +225,8 @@ class SlotArrays:
     slots: Tensor
     bits: Tensor
     counts: Tensor
+    sight: Tensor
+    lanes: Tensor
     ids: Tensor
     positions: Tensor
     writes: Tensor
@@ -250,6 +254,8 @@ class SlotArrays:
             slots=empty(capacity),
             bits=empty(capacity),
             counts=empty(1).view(-1),
+            sight=empty(capacity),
+            lanes=torch.arange(beam_size, dtype=torch.int32, device=device).view(1, 1, -1, 1),
             ids=empty(beam_size, torch.int64),
             positions=empty(beam_size, torch.int64),
             writes=empty(beam_size, torch.int64),
@@ -275,13 +281,9 @@ class SlotArrays:
         lanes = self.seen.shape[1]
         every = -1 if lanes == 32 else (1 << lanes) - 1
         self.bits.masked_fill_(self.slots < lengths[:, None], every)
+        self.sight.copy_(self.bits)
 
     def visible(self, out: Tensor | None = None) -> Tensor:
         """The attention mask, bool [utterances, 1, beam_size, capacity], by slot; into `out` where given."""
-        lanes = torch.arange(self.seen.shape[1], device=self.bits.device, dtype=torch.int32)
-        listed = torch.arange(self.capacity, device=self.bits.device) < self.counts[:, None]
-        spread = torch.zeros((self.bits.shape[0], self.capacity + 1), dtype=torch.int32, device=self.bits.device)
-        place = torch.where(listed, self.slots.long(), self.capacity)
-        spread.scatter_(1, place, self.bits)
-        found = ((spread[:, None, None, :-1] >> lanes[None, None, :, None]) & 1) != 0
-        return found if out is None else out.copy_(found)
+        seen = (self.sight[:, None, None, :] >> self.lanes).bitwise_and_(1)
+        return torch.ne(seen, 0, out=out)

@@ -231,11 +231,11 @@ def follow_slots(
     """What one model reads next and what each lane sees of its slots (KERNELS 4.5); nothing is moved but bits.
 
     Lane k of step t writes slot first_slot + t * K + k. The list of slots that some lane sees stays in order and
-    loses those that none sees. A lane whose token the model lacks reads its last token anew in a fresh slot, so that
-    its logits are what they were. Reads and writes 8 bytes per listed slot.
+    loses those that none sees; `sight` holds the same bits by slot. A lane whose token the model lacks reads its last
+    token anew in a fresh slot, so that its logits are what they were. Reads 8 and writes 12 bytes per listed slot.
     """
     tokens_in, parents_in, done_flags = advanced
-    steps, seen, last_tokens, last_slots, slots, bits, counts = memory
+    steps, seen, last_tokens, last_slots, slots, bits, counts, sight = memory
     ids_out, positions_out, writes_out = feed
     utterance = tl.program_id(0).to(tl.int64)
     if tl.load(done_flags + utterance) == 0:
@@ -258,6 +258,7 @@ def follow_slots(
 
         listed = slots + utterance * capacity
         own_bits = bits + utterance * capacity
+        by_slot = sight + utterance * capacity
         kept = 0
         start = 0
         while start < count:
@@ -267,6 +268,7 @@ def follow_slots(
             sees = (word[:, None] >> parents[None, :]) & 1
             sees = tl.where(in_beam[None, :] & (slot[:, None] != left[None, :]), sees << lane[None, :], 0)
             word = tl.sum(sees, axis=1)  # distinct bits: a sum is an or
+            tl.store(by_slot + slot, word, mask=place < count)
             stays = word != 0
             target = kept + tl.cumsum(stays.to(tl.int32), axis=0) - 1
             tl.debug_barrier()  # every thread has read its places
@@ -278,6 +280,7 @@ def follow_slots(
         tl.debug_barrier()
         tl.store(listed + kept + lane, fresh, mask=in_beam)
         tl.store(own_bits + kept + lane, (lane * 0 + 1) << lane, mask=in_beam)
+        tl.store(by_slot + fresh, (lane * 0 + 1) << lane, mask=in_beam)
         tl.store(counts + utterance, kept + K)
         tl.store(steps + utterance, step + 1)
         tl.store(seen + at, lengths, mask=in_beam)

@@ -204,9 +204,11 @@ def follow_slots_reference(arrays: BeamArrays, slots: SlotArrays, mapping: Tenso
         first = slots.first_slot + int(slots.steps[utterance]) * beam_size
         fresh = list(range(first, first + beam_size))
         kept += [(slot, 1 << lane) for lane, slot in enumerate(fresh)]
-        places_now = torch.tensor(kept).T
-        slots.slots[utterance, : len(kept)] = places_now[0].int()
-        slots.bits[utterance, : len(kept)] = torch.from_numpy(places_now[1].numpy().astype(np.uint32).view(np.int32))
+        places_now = torch.tensor([slot for slot, _ in kept])
+        words = torch.from_numpy(np.array([word for _, word in kept], dtype=np.uint32).view(np.int32))
+        slots.slots[utterance, : len(kept)], slots.bits[utterance, : len(kept)] = places_now.int(), words
+        slots.sight[utterance] = 0
+        slots.sight[utterance, places_now] = words
         slots.counts[utterance], slots.steps[utterance] = len(kept), int(slots.steps[utterance]) + 1
         ids = torch.tensor([last[parent] if mine < 0 else mine for mine, parent in zip(own, parents, strict=True)])
         lengths = torch.tensor([seen[parent] + (mine >= 0) for mine, parent in zip(own, parents, strict=True)])
