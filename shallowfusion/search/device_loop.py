@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,20 +60,7 @@ def refusal(
         longest = min(scorer.window - 1, max(len(prompt) for prompt in context.prompts))
         if longest + settings.max_new_tokens > scorer.window:
             return f"a hypothesis may outgrow the window of {scorer.window} tokens of {type(scorer).__name__}"
-    return _too_large(scorers, contexts, settings.beam_size * settings.max_new_tokens)
-
-
-def _too_large(scorers: Sequence[Any], contexts: Sequence[Context], steps: int) -> str | None:
-    """The reason if the slots of a program would take most of what is free on the device."""
-    device = scorers[0].device
-    if device.type != "cuda":
-        return None
-    rooms = [_room(scorer, context) + steps for scorer, context in zip(scorers, contexts, strict=True)]
-    wanted = slot_bytes(scorers, rooms, bucket(len(contexts[0].prompts)))
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if wanted <= SHARE_OF_FREE * free:
-        return None
-    return f"slots for the longest search would take {wanted / 1e9:.1f} GB of the {free / 1e9:.1f} GB free"
+    return None
 
 
 def slot_bytes(scorers: Sequence[Any], capacities: Sequence[int], places: int) -> int:
@@ -141,23 +128,53 @@ class DevicePrograms:
         most: programs kept; the one used longest ago goes first.
         captures: whether steps on CUDA become graphs.
         branches: whether the models read on streams of their own there.
+        free_bytes: of a device.
     """
 
-    def __init__(self, most: int = 4, captures: bool = True, branches: bool = True) -> None:
+    def __init__(
+        self,
+        most: int = 4,
+        captures: bool = True,
+        branches: bool = True,
+        free_bytes: Callable[[torch.device], float] | None = None,
+    ) -> None:
         require(most >= 1, f"most must be at least 1, got {most}.")
         self.most, self.captures, self.branches = most, captures, branches
+        self._free_bytes = free_bytes or _free_bytes
         self.lock = threading.Lock()
         self._known: OrderedDict[Hashable, Program] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._known)
 
+    def refusal(self, scorers: Sequence[Scorer], contexts: Sequence[Context], plan: SearchPlan) -> str | None:
+        """Why there is no room for this batch's program, as half a sentence; older programs go to make room."""
+        key, cached, rooms = self._key(scorers, contexts, plan)
+        steps = plan.settings.beam_size * plan.settings.max_new_tokens
+        wanted = slot_bytes(cached, [room + steps for room in rooms], bucket(len(contexts[0].prompts)))
+        with self.lock:
+            if key in self._known:
+                return None
+            while wanted > SHARE_OF_FREE * self._free_bytes(cached[0].device):
+                if not self._known:
+                    free = self._free_bytes(cached[0].device)
+                    return f"slots for the longest search would take {wanted / 1e9:.1f} of {free / 1e9:.1f} GB free"
+                self._known.popitem(last=False)
+        return None
+
+    def _key(
+        self, scorers: Sequence[Scorer], contexts: Sequence[Context], plan: SearchPlan
+    ) -> tuple[Hashable, list[CachedScorer], tuple[int, ...]]:
+        """What a program is found by, its scorers, and the prompt slots of each."""
+        cached = [scorer for scorer in scorers if isinstance(scorer, CachedScorer)]
+        rooms = tuple(_room(scorer, context) for scorer, context in zip(cached, contexts, strict=True))
+        places = bucket(len(contexts[0].prompts))
+        return (places, rooms, tuple(id(scorer) for scorer in cached), _identity(plan)), cached, rooms
+
     def loaded(self, scorers: Sequence[Scorer], contexts: Sequence[Context], plan: SearchPlan) -> Program:
         """The program for this batch, its prompts read and its searches started."""
-        cached: list[CachedScorer] = [scorer for scorer in scorers if isinstance(scorer, CachedScorer)]
+        key, cached, rooms = self._key(scorers, contexts, plan)
         places = bucket(len(contexts[0].prompts))
-        rooms = tuple(_room(scorer, context) for scorer, context in zip(cached, contexts, strict=True))
-        key = (places, rooms, tuple(id(scorer) for scorer in cached), _identity(plan))
         program = self._known.pop(key, None)
         if program is None:
             while len(self._known) >= self.most:
@@ -257,13 +274,21 @@ class Program:
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._once()
         except RuntimeError as error:
             logger.warning("the step could not be captured as a CUDA graph and runs eagerly: %s", error)
             torch.cuda.synchronize(device)
             return
         self._graph = graph
+
+
+def _free_bytes(device: torch.device) -> float:
+    """What the driver and torch's own reserve have left on a CUDA device; elsewhere memory is not watched."""
+    if device.type != "cuda":
+        return float("inf")
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + reserve)
 
 
 def _stream(device: torch.device) -> Any:

@@ -22,7 +22,7 @@ def driven_search(own: Sources, driver: Driver, clock: StageClock, programs: Dev
         programs: of earlier device-driven searches.
     """
     require(driver in DRIVERS, f"driver must be one of {', '.join(DRIVERS)}, got {driver!r}.")
-    reason = _why_host(own, driver)
+    reason = _why_host(own, driver, programs)
     if reason is None:
         return device_search(own.scorers, own.contexts, own.plan, clock, programs)
     if driver == "device":
@@ -32,11 +32,12 @@ def driven_search(own: Sources, driver: Driver, clock: StageClock, programs: Dev
     return search(own.scorers, own.contexts, own.names, own.plan, clock, own.late)
 
 
-def _why_host(own: Sources, driver: Driver) -> str | None:
+def _why_host(own: Sources, driver: Driver, programs: DevicePrograms) -> str | None:
     """The reason; "" where the caller asked for it."""
     if driver == "host":
         return ""
     device = getattr(own.scorers[0], "device", None)
     if driver == "auto" and (device is None or device.type != "cuda"):
         return f"the models are on {device}"
-    return refusal(own.scorers, own.contexts, own.plan, own.late)
+    reason = refusal(own.scorers, own.contexts, own.plan, own.late)
+    return programs.refusal(own.scorers, own.contexts, own.plan) if reason is None else reason

@@ -198,6 +198,22 @@ def test_programs_are_used_again_and_the_oldest_goes() -> None:
     assert [bucket(count) for count in (1, 3, 8, 33, 65, 129)] == [1, 4, 8, 64, 128, 192]
 
 
+def test_older_programs_make_room_and_a_device_too_small_is_refused() -> None:
+    model = tiny_decoder(1)
+    wide, narrow = (model.sources(states_of(model, n), DecodingOptions(**OPTIONS)) for n in (4, 1))
+    free = [1e9]
+    programs = DevicePrograms(free_bytes=lambda device: free[0])
+    assert programs.refusal(wide.scorers, wide.contexts, wide.plan) is None
+    device_search(wide.scorers, wide.contexts, wide.plan, StageClock(), programs)
+    free[0] = 0.0
+    assert programs.refusal(wide.scorers, wide.contexts, wide.plan) is None  # it is there already
+    assert "GB free" in str(programs.refusal(narrow.scorers, narrow.contexts, narrow.plan))
+    assert len(programs) == 0
+    decoder = FusionDecoder(model.acoustic, model.language_models)
+    decoder._programs = programs
+    assert "device steps" not in decoder.decode(states_of(model, 1), driver="device", **OPTIONS)[0].timing.counts
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
