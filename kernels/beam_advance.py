@@ -12,14 +12,20 @@ import triton
 from torch import Tensor
 
 from shallowfusion.kernels import beam_advance_device as device
-from shallowfusion.kernels.beam_advance_arrays import RING_ENTRIES, AdvanceTables, BeamArrays, SlotArrays, max_finished
+from shallowfusion.kernels.beam_advance_arrays import (
+    RING_ENTRIES,
+    SLOT_ROUNDING,
+    AdvanceTables,
+    BeamArrays,
+    SlotArrays,
+    max_finished,
+)
 from shallowfusion.kernels.fused_step import Launch
 from shallowfusion.values import Candidates, RowStatistics
 
 __all__ = ["plan_beam_advance", "plan_follow_slots", "plan_limit_end"]
 
 RULES = {"hf": device.HF.value, "whisper": device.WHISPER.value, "espnet": device.ESPNET.value}
-SLOT_BLOCK = 256
 
 
 def plan_beam_advance(tables: AdvanceTables, arrays: BeamArrays, candidates: Candidates) -> Launch:
@@ -73,12 +79,12 @@ def plan_follow_slots(arrays: BeamArrays, slots: SlotArrays, mapping: Tensor | N
             slots.sight,
         ),
         (slots.ids, slots.positions, slots.writes),
-        mapping, vocab, slots.capacity, slots.first_slot,
+        mapping, vocab, slots.capacity // SLOT_ROUNDING, slots.first_slot,
     )  # fmt: skip
     constants = {
         "K": beam_size,
         "KP": max(2, triton.next_power_of_2(beam_size)),
-        "BLOCK": SLOT_BLOCK,
+        "BLOCK": 512 if beam_size <= 8 else 256,
         "num_warps": 4,
     }
     return Launch(device.follow_slots, (arrays.parents.shape[0],), arguments, constants)

@@ -15,6 +15,7 @@ from shallowfusion.errors import InvalidArgumentError
 __all__ = [
     "HEADER_WORDS",
     "RING_ENTRIES",
+    "SLOT_ROUNDING",
     "AdvanceTables",
     "BeamArrays",
     "SlotArrays",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shallowfusion.kernels.beam_advance_arrays import SLOT_ROUNDING
 from shallowfusion.kernels.fused_step_device import IMPOSSIBLE, UNBOUNDED
 
 __all__ = ["beam_advance", "follow_slots", "limit_end"]
@@ -19,6 +20,7 @@ ACTIVE = tl.constexpr(1)
 DONE = tl.constexpr(2)
 FLAGGED = tl.constexpr(4)
 
+SLOT_CHUNK = tl.constexpr(SLOT_ROUNDING)
 END_LENGTHS = tl.constexpr(3)  # as in the beam state
 END_LAG = tl.constexpr(2)
 END_MARGIN = tl.constexpr(-10.0)
@@ -223,9 +225,9 @@ def beam_advance(
         tl.store(bias + token, tl.where(clock + 1 < until, IMPOSSIBLE, value), mask=mine)
 
 
-@triton.jit(do_not_specialize=["mapped", "capacity", "first_slot"])
+@triton.jit(do_not_specialize=["mapped", "chunks", "first_slot"])
 def follow_slots(
-    advanced, memory, feed, mapping, mapped, capacity, first_slot,
+    advanced, memory, feed, mapping, mapped, chunks, first_slot,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What one model reads next and what each lane sees of its slots (KERNELS 4.5); nothing is moved but bits.
@@ -256,26 +258,28 @@ def follow_slots(
         left = tl.load(last_slots + utterance * K + parents, mask=in_beam, other=-1)
         left = tl.where(idle, left, -1)
 
+        capacity = chunks * SLOT_CHUNK  # so that loads are known to be aligned
         listed = slots + utterance * capacity
         own_bits = bits + utterance * capacity
         by_slot = sight + utterance * capacity
         kept = 0
-        start = 0
-        while start < count:
-            place = start + tl.arange(0, BLOCK)
-            slot = tl.load(listed + place, mask=place < count, other=-2)
-            word = tl.load(own_bits + place, mask=place < count, other=0)
+        chunk = 0
+        while chunk * BLOCK < count:
+            place = chunk * BLOCK + tl.arange(0, BLOCK)
+            is_listed = place < count
+            slot = tl.load(listed + place, mask=place < capacity, other=0)  # a bound that leaves loads wide
+            word = tl.where(is_listed, tl.load(own_bits + place, mask=place < capacity, other=0), 0)
             sees = (word[:, None] >> parents[None, :]) & 1
             sees = tl.where(in_beam[None, :] & (slot[:, None] != left[None, :]), sees << lane[None, :], 0)
             word = tl.sum(sees, axis=1)  # distinct bits: a sum is an or
-            tl.store(by_slot + slot, word, mask=place < count)
+            tl.store(by_slot + slot, word, mask=is_listed)
             stays = word != 0
             target = kept + tl.cumsum(stays.to(tl.int32), axis=0) - 1
             tl.debug_barrier()  # every thread has read its places
             tl.store(listed + target, slot, mask=stays)
             tl.store(own_bits + target, word, mask=stays)
             kept += tl.sum(stays.to(tl.int32), axis=0)
-            start += BLOCK
+            chunk += 1
         fresh = first_slot + step * K + lane
         tl.debug_barrier()
         tl.store(listed + kept + lane, fresh, mask=in_beam)

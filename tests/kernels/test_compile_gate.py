@@ -103,3 +103,10 @@ def test_ranges_load_what_is_contiguous_sixteen_bytes_at_a_time(report):
         itemsize = 4 if "permuted" in entry["request"] or "float32" in entry["request"] else 2
         loads = entry["constants"]["BLOCK"] * itemsize // (16 * 128)
         assert entry["wide_loads"] >= (0 if "unpadded" in entry["request"] else loads), entry
+
+
+@pytest.mark.slow
+def test_slot_lists_are_loaded_sixteen_bytes_at_a_time(report):
+    lists = [entry for entry in report if entry["kernel"] == "follow_slots" and entry["constants"]["K"] <= 8]
+    assert len(lists) >= 4
+    assert all(entry["wide_loads"] >= 2 for entry in lists)
