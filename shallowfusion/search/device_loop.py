@@ -205,6 +205,8 @@ class Program:
     def start(self, contexts: Sequence[Context]) -> None:
         """Begin the searches of a batch; the first batch on CUDA captures the graph."""
         first = not self.step.is_ready
+        if self._streams:  # a search that failed may have left copies under way
+            torch.cuda.current_stream(self.step.device).wait_stream(self._streams[0])
         self.step.load(contexts)
         self._ran = self._sent = 0
         if not first:
