@@ -16,7 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.decode import END, NO_TIMESTAMPS, SHAPES, START, Pair, encoder_output, generate, make_pair, ours
+from bench.decode import (
+    END,
+    NO_TIMESTAMPS,
+    SHAPES,
+    START,
+    Pair,
+    encoder_output,
+    generate,
+    make_int8_pair,
+    make_pair,
+    ours,
+)
 from bench.timing import Measurement, measurements, take_turns
 
 __all__ = ["run"]
@@ -39,16 +50,6 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     alike, rounded = peers(pair)
     for utterances, beam_size in [(2, 5)] if quick else [(1, 5), (1, 1), (1, 10), (4, 5), (8, 5)]:
         yield compare(pair, whole, alike, rounded, name, utterances, beam_size, tokens)
-
-
-def make_int8_pair(name: str) -> Pair:
-    """The same models with int8 weights."""
-    from shallowfusion.scorers.preparation import prepare
-
-    pair = make_pair(SHAPES[name])
-    for model in (pair.whisper, pair.lm):
-        prepare(model, torch.int8)
-    return pair
 
 
 def compare(
