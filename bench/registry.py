@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, step_ladder, tuning
+from bench import (
+    bridge,
+    ctc,
+    ctc_prefix,
+    decode,
+    delayed,
+    fused_step,
+    ngram,
+    peers,
+    rescoring,
+    stages,
+    step_ladder,
+    tuning,
+)
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -36,6 +49,8 @@ CASES = (
         step_ladder.run,
         ("tests/search/test_device_loop.py", "tests/search/test_beam_mirror.py", "tests/kernels/test_beam_advance.py"),
     ),
+    Case("peers", peers.run, ("tests/search/test_generate_parity.py", "tests/scorers/test_preparation.py"), ("cpu",)),
+    Case("stages", stages.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case("ctc_prefix", ctc_prefix.run, ("tests/ctc/test_prefix_scores.py",), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),

@@ -56,6 +56,11 @@ class Int8Linear(nn.Module):
         result = product.mul_(scales) if self._bias is None else torch.addcmul(self._bias, product, scales)
         return result.to(self._output_dtype or inputs.dtype).view(*inputs.shape[:-1], self.out_features)
 
+    @property
+    def num_bytes(self) -> int:
+        """What a pass reads of it."""
+        return self.in_features * self.out_features + self._scales.nbytes
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
 
