@@ -83,7 +83,7 @@ def stage_rows(pair: Pair, name: str, utterances: int, dtype: str, bandwidth: fl
 def decode_once(pair: Pair, states: Tensor, tokens: int) -> dict[str, float]:
     found: Any = pair.fused.decode(  # type: ignore[attr-defined]
         states, beam_size=5, min_new_tokens=tokens, max_new_tokens=tokens, lm_weight=WEIGHT, end_policy="asr_only",
-        end_threshold=None, suppress_blank=False, suppress_tokens=None,
+        end_threshold=None, driver="host", suppress_blank=False, suppress_tokens=None,
     )  # fmt: skip
     return {stage: found[0].timing.stages.get(stage, 0.0) for stage in STAGES}
 
