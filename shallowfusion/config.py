@@ -13,8 +13,8 @@ __all__ = ["DRIVERS", "BeamSettings", "Driver", "require"]
 StopRule = Literal["hf", "whisper", "espnet"]
 EarlyStopping = Literal["heuristic", "first", "never"]
 Recombination = Literal["none", "max", "logsumexp"]
-Driver = Literal["auto", "host", "device"]
-DRIVERS: tuple[Driver, ...] = ("auto", "host", "device")
+Driver = Literal["host", "device"]
+DRIVERS: tuple[Driver, ...] = ("host", "device")
 
 
 def require(condition: bool, message: str) -> None:

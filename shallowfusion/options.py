@@ -57,8 +57,8 @@ class DecodingOptions:
             number per language model.
         batch_size: utterances decoded together.
         driver: "host": the host decides every step; "device": the device does and the host follows and checks (one
-            CUDA graph per step), where rule and options allow, else the host with the reason logged; "auto": the
-            device on CUDA, the host elsewhere.
+            CUDA graph per step), where rule and options allow, else the host with the reason logged. Captured
+            graphs have not run on a GPU yet, so the device is not asked unless it is named.
 
     Raises:
         InvalidArgumentError: an unknown name or a value outside its range.
@@ -94,7 +94,7 @@ class DecodingOptions:
     asr_temperature: float = 1.0
     lm_temperature: float | Sequence[float] = 1.0
     batch_size: int = 8
-    driver: Driver = "auto"
+    driver: Driver = "host"
     num_beams: InitVar[int | None] = None
 
     def __post_init__(self, num_beams: int | None) -> None:
