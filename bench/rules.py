@@ -34,6 +34,7 @@ from shallowfusion.results import Transcription
 __all__ = ["main"]
 
 BATCH = 24
+LISTS: dict[tuple[int, int, str], list[Transcription]] = {}
 COLUMNS = (
     "task", "lm", "system", "rule", "asr_temperature", "utterances", "words", "errors", "wer", "low", "high",
     "p_corrected", "better", "worse", "term_recall", "truncated", "looping", "rtfx",
@@ -95,17 +96,28 @@ class Progress:
 def run_trial(decoder: FusionDecoder, own: Set, trial: Trial) -> tuple[list[str], float]:
     """Transcripts, and seconds of processor time, which other work on the machine does not lengthen."""
     start = time.process_time()
-    n_best = trial.beam_size if trial.rerank or trial.risk_scale else 1
+    is_list = trial.rerank is not None or trial.risk_scale is not None
     options = DecodingOptions(
-        beam_size=trial.beam_size, n_best=n_best, rule=trial.rule, asr_temperature=trial.asr_temperature
+        beam_size=trial.beam_size,
+        n_best=trial.beam_size if is_list else 1,
+        rule=trial.rule,
+        asr_temperature=trial.asr_temperature,
     )
-    results: list[Transcription] = []
-    for first in range(0, len(own.references), BATCH):
-        results += decoder.decode(own.states[first : first + BATCH], options)
+    known = LISTS.get((id(decoder), id(own), repr(options)))
+    results = list(known or decoded(decoder, own, options))
+    if is_list:  # ranked in several ways
+        LISTS[id(decoder), id(own), repr(options)] = results
     if trial.rerank is not None:
         results = [result.rerank(trial.rerank) for result in results]
     texts = [result.text if trial.risk_scale is None else least_risk(result, trial.risk_scale) for result in results]
     return texts, time.process_time() - start
+
+
+def decoded(decoder: FusionDecoder, own: Set, options: DecodingOptions) -> list[Transcription]:
+    found: list[Transcription] = []
+    for first in range(0, len(own.references), BATCH):
+        found += decoder.decode(own.states[first : first + BATCH], options)
+    return found
 
 
 def least_risk(result: Transcription, scale: float) -> str:
@@ -137,16 +149,17 @@ def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress) -> li
     for system, trial in chosen.items():
         which = "right" if trial is ALONE else lm
 
-        def decoded(trial: Trial = trial, which: str = which) -> dict[str, object]:
+        def texts_of(trial: Trial = trial, which: str = which) -> dict[str, object]:
             return {"texts": run_trial(task.decoder(which, trial), own, trial)[0]}
 
-        texts[system] = list(progress.had(f"test {which} {trial.key}", decoded)["texts"])  # type: ignore[call-overload]
+        texts[system] = list(progress.had(f"test {which} {trial.key}", texts_of)["texts"])  # type: ignore[call-overload]
     rows = []
     for scores in evaluate(ReferenceSet(ids, own.references, normalise, None, task.terms), texts).systems:
         trial = chosen[scores.name]
 
         def timed(trial: Trial = trial) -> dict[str, object]:
             few = own.first(min(BATCH, len(own.references)))
+            LISTS.clear()
             return {"rtfx": few.seconds / run_trial(task.decoder("right", trial), few, trial)[1]}
 
         rows.append({

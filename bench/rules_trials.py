@@ -47,7 +47,9 @@ def medical_trials() -> list[Trial]:
     """The grid of every system for a strong language model."""
     found = _sums((0.2, 0.4, 0.6, 0.8, 1.0), (0.6, 0.8, 1.0))
     found += [Trial("article", fusion.article(w, 2)) for w in (0.24, 0.6, 0.8)]
-    found += _mixtures((1.0, 2.0))
+    found += [Trial("uadf, as published", fusion.uadf(), t) for t in (1.0, 2.0)]
+    found += [Trial("uadf, ASR primary", fusion.uadf_asr_primary(), t) for t in (1.0, 2.0, 3.0)]
+    found += [Trial("late fusion", fusion.late_fusion(w), t) for w in (0.25, 0.5, 1.0) for t in (1.0, 2.0)]
     found += _gates((0.8, 1.5, 3.0), FORMS, (1.0, 2.0))
     found += _internal((0.6, 0.8, 1.0), (0.1, 0.2, 0.3))
     gates = product((0.1, 0.3), (0.7, 0.9, 1.1))
@@ -60,10 +62,12 @@ def short_trials() -> list[Trial]:
     """A thinner grid, with small weights too: for a language model of which nothing is known."""
     found = _sums((0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0), (0.2, 0.4, 0.6))
     found += [Trial("article", fusion.article(w, 2)) for w in (0.24, 0.4, 0.6)]
-    found += _mixtures((1.0, 2.0))
-    found += _gates((0.4, 0.8), ("local", "plain"), (2.0,))
+    found += [Trial("uadf, as published", fusion.uadf())]
+    found += [Trial("uadf, ASR primary", fusion.uadf_asr_primary(), t) for t in (1.0, 2.0)]
+    found += [Trial("late fusion", fusion.late_fusion(w), 2.0) for w in (0.25, 0.5)]
+    found += _gates((0.4, 0.8), ("plain",), (2.0,))
     found += _internal((0.2, 0.4, 0.6), (0.05, 0.1, 0.2))
-    gates = product((0.3, 0.6), (0.1, 0.3), (0.3, 0.7, 1.1))
+    gates = product((0.3, 0.6), (0.1, 0.3), (0.3, 0.7))
     found += [Trial("evidence gate", fusion.evidence_gate(w, 0.1, s, m)) for w, s, m in gates]
     found += _two(product((0.2, 0.4, 0.6), (0.05, 0.1)), (0.2, 0.4, 0.6))
     return found + _lists((0.1, 0.2, 0.4, 0.6), 0.4)
@@ -73,12 +77,6 @@ def _sums(constants: Sequence[float], weights: Sequence[float]) -> list[Trial]:
     found = [Trial("static", fusion.static(w)) for w in constants]
     found += [Trial("piecewise", fusion.piecewise(w, n)) for w in weights for n in (2, 6)]
     return found + [Trial("piecewise, catch-up", fusion.piecewise(w, 4, catch_up=True)) for w in weights]
-
-
-def _mixtures(temperatures: Sequence[float]) -> list[Trial]:
-    found = [Trial("uadf, as published", fusion.uadf(), t) for t in (1.0, 2.0)]
-    found += [Trial("uadf, ASR primary", fusion.uadf_asr_primary(), t) for t in (1.0, 2.0, 3.0)]
-    return found + [Trial("late fusion", fusion.late_fusion(w), t) for w in (0.25, 0.5, 1.0) for t in temperatures]
 
 
 def _gates(weights: Sequence[float], forms: Sequence[str], temperatures: Sequence[float]) -> list[Trial]:

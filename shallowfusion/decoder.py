@@ -61,6 +61,7 @@ class FusionDecoder:
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
+        self.internal_context = internal_context
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
     @classmethod
@@ -141,20 +142,36 @@ class FusionDecoder:
             logger.error("%s was not transcribed: %s", result.source, result.error)
         return done
 
-    def decode(self, inputs: Tensor, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
+    def decode(
+        self,
+        inputs: Tensor,
+        options: DecodingOptions | None = None,
+        *,
+        seconds: Sequence[float] | None = None,
+        **names: Any,
+    ) -> list[Transcription]:
         """Decode log-mel features [utterances, mels, frames] or encoder output [utterances, frames, size].
 
+        Args:
+            seconds: of sound in each utterance; the rest of the window is padding. None = the whole window.
+
         Raises:
-            InvalidArgumentError: a tensor that is neither, or bad options.
+            InvalidArgumentError: a tensor that is neither, `seconds` that do not pair, or bad options.
         """
         options = self._options(options, names)
         clock = StageClock()
         output = self._encoder_output(inputs, clock)
-        searched = self._search(output, options, clock)
-        seconds = float(self.acoustic.features.chunk_seconds)
-        timing = Timing(dict(clock.seconds), seconds * len(output), dict(clock.counts))
+        window = float(self.acoustic.features.chunk_seconds)
+        lengths = [window] * len(output) if seconds is None else [float(own) for own in seconds]
+        require(
+            len(lengths) == len(output) and all(0 < own <= window for own in lengths),
+            f"seconds must hold one length above 0 and up to {window:g} for each of the {len(output)} utterances, "
+            f"got {lengths}.",
+        )
+        searched = self._search(output, options, clock, None if seconds is None else lengths)
+        timing = Timing(dict(clock.seconds), sum(lengths), dict(clock.counts))
         return [
-            Transcription(f"array {i}", hypotheses, language, seconds, rule, timing)
+            Transcription(f"array {i}", hypotheses, language, lengths[i], rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
         ]
 

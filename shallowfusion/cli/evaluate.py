@@ -256,7 +256,9 @@ class _Systems:
             models += own.lm
             options = configured(own, self._fused, options)
         else:
-            options = dataclasses.replace(options, rule=None, lm_weight=None, initial_steps=0)
+            # The plain decoder: temperatures, too, serve the fusion.
+            plain = {"rule": None, "lm_weight": None, "initial_steps": 0, "asr_temperature": 1.0, "lm_temperature": 1.0}
+            options = dataclasses.replace(options, **plain)
             if own.config is not None:  # what was tuned for the language model is no part of the model alone
                 options = dataclasses.replace(options, length_bonus=0.0, end_threshold=1.5)
         system = fingerprint_of(models, options, {"device": own.device, "dtype": own.dtype})

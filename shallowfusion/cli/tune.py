@@ -99,6 +99,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _context(arguments: argparse.Namespace, dev: TunedSet) -> tuple[str, str] | None:
+    """The internal context that was given, which the chosen rule may need."""
+    from shallowfusion.scorers.fingerprints import tensor_fingerprint
+
+    loaded = dev.decoder.internal_context
+    return None if loaded is None else (str(arguments.internal_context), tensor_fingerprint(loaded))
+
+
 def _settings(arguments: argparse.Namespace) -> Any:
     from shallowfusion.training.families import DEFAULT_FAMILIES
     from shallowfusion.training.tuning import TuningSettings
@@ -160,7 +168,7 @@ def _write(
         about["test_baseline_errors"] = sum(on_test.baseline.words.errors)
     file = DecoderFile(
         arguments.asr, tuple(arguments.lm), chosen.rule, saved_options(chosen.options, calibration is not None),
-        dev.decoder.fingerprints, calibration, about,
+        dev.decoder.fingerprints, calibration, about, _context(arguments, dev),
     )  # fmt: skip
     file.save(arguments.out / DECODER)
     data = tuning_data(found, dev, on_test)

@@ -201,12 +201,13 @@ def delayed(
     return Rule("delayed", weights, delay=delay)
 
 
-def learned(path: str | Path, form: Form = "local") -> Rule:
+def learned(path: str | Path, form: Form | None = None) -> Rule:
     """A gate trained by `shallowfusion train-gate`: weight of each LM in each row by a small network (METHODS 11.3).
 
     Args:
         path: directory of the gate; it is refused by other models than it was trained for.
+        form: None = the one it was trained in.
     """
     gate = LearnedGate.load(path)
     weights = (gate.settings.largest_weight,) * gate.settings.num_models
-    return Rule("learned", weights, gate=gate, form=form)
+    return Rule("learned", weights, gate=gate, form=gate.form if form is None else form)

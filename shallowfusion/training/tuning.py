@@ -117,14 +117,9 @@ def tune(dev: TunedSet, base: DecodingOptions, settings: TuningSettings) -> Tuni
         base: options without a rule; n_best is set to beam_size.
 
     Raises:
-        InvalidArgumentError: no language model is loaded, or options that need the length of the recordings.
+        InvalidArgumentError: no language model is loaded.
     """
     names = dev.decoder.source_names[1:]
-    require(
-        base.coverage_weight == 0 and base.min_attention_centre is None,
-        "tune decodes stored encoder output, which does not say where a recording ends, so coverage_weight and "
-        "min_attention_centre cannot be given; add them to the decoder file afterwards.",
-    )
     require(bool(names), "tune weighs language models, and none is loaded; give one with --lm.")
     base = replace(base, n_best=base.beam_size, rule=None, lm_weight=None, initial_steps=0)
     work = _Work(dev, base, names)
@@ -227,7 +222,7 @@ def _draw(work: _Work, settings: TuningSettings) -> None:
     for _ in range(settings.num_trials):
         trial = study.ask()
         family = trial.suggest_categorical("family", list(settings.families))
-        rule = drawn_rule(family, trial, len(work.names))
+        rule = drawn_rule(family, trial, len(work.names), work.dev.decoder.internal_context is not None)
         threshold = trial.suggest_categorical("end_threshold", list(END_THRESHOLDS))
         found = work.decode(rule, replace(work.base, end_threshold=threshold), "drawn")
         study.tell(trial, found.num_errors)
