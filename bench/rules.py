@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.rules_trials import ALONE, Trial, medical_trials, short_trials
 from bench.timing import ROOT, machine
-from shallowfusion import DecodingOptions, FusionDecoder
+from shallowfusion import DecodingOptions, FusionDecoder, fusion
 from shallowfusion.audio.reading import read_audio
 from shallowfusion.evaluation.mbr import minimum_bayes_risk
 from shallowfusion.evaluation.normalisation import normaliser
@@ -30,6 +30,7 @@ from shallowfusion.evaluation.terms import TermList
 from shallowfusion.evaluation.word_errors import word_errors
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.results import Transcription
+from shallowfusion.trusting import Evidence, trust_floor
 
 __all__ = ["main"]
 
@@ -114,9 +115,11 @@ def run_trial(decoder: FusionDecoder, own: Set, trial: Trial) -> tuple[list[str]
 
 
 def decoded(decoder: FusionDecoder, own: Set, options: DecodingOptions) -> list[Transcription]:
+    """Results of all recordings, which are one session in their order."""
     found: list[Transcription] = []
+    evidence = Evidence()
     for first in range(0, len(own.references), BATCH):
-        found += decoder.decode(own.states[first : first + BATCH], options)
+        found += decoder.decode(own.states[first : first + BATCH], options, evidence=evidence)
     return found
 
 
@@ -137,7 +140,24 @@ def choose(task: Task, progress: Progress) -> dict[str, Trial]:
         found = int(str(progress.had(f"dev {trial.key}", errors)["errors"]))
         if trial.system not in best or found < best[trial.system][0]:
             best[trial.system] = (found, trial)
-    return {system: trial for system, (_, trial) in best.items()}
+    chosen = {system: trial for system, (_, trial) in best.items()}
+    return chosen | with_trust(task, progress, chosen["internal LM"])
+
+
+def with_trust(task: Task, progress: Progress, base: Trial) -> dict[str, Trial]:
+    """A rule that may give the language model up; its floor needs no references and no wrong language model."""
+    options = DecodingOptions(rule=base.rule, beam_size=base.beam_size)
+
+    def floor() -> dict[str, object]:
+        return {"floor": round(trust_floor(decoded(task.decoder("right", base), task.dev, options), 0.1), 3)}
+
+    found = float(str(progress.had(f"floor {base.key}", floor)["floor"]))
+    return {
+        "trusted internal LM": Trial("trusted internal LM", fusion.trusted(base.rule, found)),
+        "trusted internal LM, memory 0.6": Trial(
+            "trusted internal LM, memory 0.6", fusion.trusted(base.rule, found, 0.6)
+        ),
+    }
 
 
 def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress) -> list[dict[str, object]]:

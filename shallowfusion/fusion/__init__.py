@@ -17,6 +17,7 @@ from shallowfusion.fusion.catalogue import (
     mixture,
     piecewise,
     static,
+    trusted,
     uadf,
     uadf_asr_primary,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "rescore",
     "row_statistics",
     "static",
+    "trusted",
     "uadf",
     "uadf_asr_primary",
 ]

@@ -21,6 +21,7 @@ from shallowfusion.fusion.gates import (
 from shallowfusion.fusion.learned_gate import LearnedGate
 from shallowfusion.fusion.mixtures import Mixture
 from shallowfusion.fusion.rules import EndPolicy, IlmVariant, Rule, as_weights
+from shallowfusion.fusion.trust import Trust
 
 __all__ = [
     "agreement_gate",
@@ -39,6 +40,7 @@ __all__ = [
     "mixture",
     "piecewise",
     "static",
+    "trusted",
     "uadf",
     "uadf_asr_primary",
 ]
@@ -170,6 +172,21 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
             the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer).
     """
     return Rule("internal_lm", as_weights(weight), ilm_weight=ilm_weight, ilm_variant=variant)
+
+
+def trusted(rule: Rule, floor: float, memory: float = 0.0) -> Rule:
+    """`rule`, but the acoustic model alone where log P_lm(fused transcript) <= floor * tokens (see `trust.Trust`).
+
+    For language models that may be of the wrong domain. Price: utterances that are given up are decoded twice.
+
+    Args:
+        floor: nats per token, below 0; `trusting.trust_floor` or `shallowfusion tune --trust` has it from recordings
+            that fit.
+        memory: 0 = every utterance for itself; above, up to below 1, the recordings of one call are one session, in
+            which evidence adds up and fades by this factor an utterance.
+    """
+    require(rule.fuses, f"the rule {rule} gives no language model a say, so there is none to trust.")
+    return replace(rule, trust=Trust(floor, memory))
 
 
 def delayed(

@@ -187,7 +187,11 @@ class LearnedGate:
         from safetensors.torch import save_file
 
         record = {"kind": _KIND, "version": _VERSION, "settings": vars(self.settings)}
-        record |= {"form": self.form, "features": feature_names(self.settings.num_models), "fingerprints": self.fingerprints}
+        record |= {
+            "form": self.form,
+            "features": feature_names(self.settings.num_models),
+            "fingerprints": self.fingerprints,
+        }
         try:
             directory.mkdir(parents=True, exist_ok=True)
             save_file({name: t.contiguous() for name, t in self.network.state_dict().items()}, directory / WEIGHTS)

@@ -11,6 +11,7 @@ from shallowfusion.config import require
 from shallowfusion.fusion.delays import Delay
 from shallowfusion.fusion.gates import FORMS, Form, Gate
 from shallowfusion.fusion.mixtures import Mixture
+from shallowfusion.fusion.trust import Trust
 from shallowfusion.values import Normalize
 
 __all__ = ["DEFAULT_END_POLICY", "END_POLICIES", "ILM_VARIANTS", "EndPolicy", "IlmVariant", "Rule"]
@@ -46,6 +47,7 @@ class Rule:
         ilm_weight: of the acoustic model's internal language model, which is subtracted; `ilm_variant` says how it is
             had.
         delay: the first language model is asked late, about hypotheses that survived; the second is its stand-in.
+        trust: utterances in which the language models find the outcome too unlikely are decoded without them.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Rule:
     ilm_weight: float = 0.0
     ilm_variant: IlmVariant = "zero_context"
     delay: Delay | None = None
+    trust: Trust | None = None
 
     def __post_init__(self) -> None:
         for weight in self.lm_weights:
@@ -124,7 +127,7 @@ class Rule:
     @property
     def is_linear(self) -> bool:
         """Whether totals can be had again from the parts of the tokens alone."""
-        return self.gate is None and self.mixture is None
+        return self.gate is None and self.mixture is None and self.trust is None
 
     def normalize(self, policy: EndPolicy) -> Normalize:
         """What the fused step normalises under an end policy."""
