@@ -277,7 +277,10 @@ class FusionDecoder:
                 for i, listed in enumerate(found)
             ]
         rule = own.rule or own.plan.rule
-        results = [(tuple(h[: options.n_best]), code, rule) for h, code in zip(found, own.languages, strict=True)]
+        results: list[tuple[tuple[Hypothesis, ...], str | None, Any]] = [
+            (tuple(listed[: options.n_best]), language, rule)
+            for listed, language in zip(found, own.languages, strict=True)
+        ]
         if rule.trust is None or not self.language_models:
             return results
         names = [name for name in self.names_under(rule)[1:] if name != "ilm"]

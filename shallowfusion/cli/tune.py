@@ -42,6 +42,11 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--trials", type=int, default=16, metavar="N", help="drawn rules (default: 16)")
     group.add_argument("--try", dest="rules", action="append", default=[], metavar="RULE", help="a rule more to try")
     group.add_argument("--no-internal-lm", action="store_true", help="leave internal_lm out of the offline search")
+    group.add_argument(
+        "--trust", type=float, default=None, metavar="SHARE",
+        help="guard the choice by fusion.trusted: the LM is left out where it finds the outcome less likely than all "
+        "but SHARE of DEV, so that one of the wrong domain does no harm; 0.1 is sensible (default: off)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     group.add_argument("--normaliser", choices=NORMALISERS, default="english", help="default: english")
     group.add_argument("--spellings", type=Path, metavar="FILE", help="British spellings for the normaliser english")
@@ -120,8 +125,9 @@ def _settings(arguments: argparse.Namespace) -> Any:
     if arguments.families is not None:
         families = tuple(name.strip() for name in arguments.families.split(",") if name.strip())
     return TuningSettings(
-        grid, families, arguments.trials, arguments.seed, tuple(arguments.rules), not arguments.no_internal_lm
-    )
+        grid, families, arguments.trials, arguments.seed, tuple(arguments.rules), not arguments.no_internal_lm,
+        arguments.trust,
+    )  # fmt: skip
 
 
 def _systems(found: Tuning) -> dict[str, Tried]:
