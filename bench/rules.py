@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.rules_gate import learned_trial
 from bench.rules_trials import ALONE, Trial, medical_trials, short_trials
 from bench.timing import ROOT, machine
 from shallowfusion import DecodingOptions, FusionDecoder, fusion
@@ -38,7 +39,7 @@ BATCH = 24
 LISTS: dict[tuple[int, int, str], list[Transcription]] = {}
 COLUMNS = (
     "task", "lm", "system", "rule", "asr_temperature", "utterances", "words", "errors", "wer", "low", "high",
-    "p_corrected", "better", "worse", "term_recall", "truncated", "looping", "rtfx",
+    "p", "p_corrected", "better", "worse", "term_recall", "truncated", "looping", "rtfx",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ class Task:
     """What is decoded.
 
     Args:
+        learned: the trained gate, for the right language model alone, which it knows by its fingerprint.
         decoders: the acoustic model with a fitting ("right") and an unfitting ("wrong") language model, and with a
             second one beside either ("right both", "wrong both").
     """
@@ -70,6 +72,7 @@ class Task:
     test: Set
     terms: TermList | None
     trials: tuple[Trial, ...]
+    learned: Trial
 
     def decoder(self, lm: str, trial: Trial) -> FusionDecoder:
         return self.decoders[f"{lm} both" if trial.decoder == "both" else lm]
@@ -187,6 +190,7 @@ def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress) -> li
             "asr_temperature": trial.asr_temperature, "utterances": len(own.references),
             "words": sum(scores.words.words), "errors": sum(scores.words.errors), "wer": f"{scores.words.rate:.4f}",
             "low": f"{scores.interval[0]:.4f}", "high": f"{scores.interval[1]:.4f}",
+            "p": "" if scores.tests is None else f"{scores.tests.p_value:.4f}",
             "p_corrected": "" if scores.tests is None else f"{scores.tests.p_corrected:.4f}",
             "better": "" if scores.comparison is None else scores.comparison.wins,
             "worse": "" if scores.comparison is None else scores.comparison.losses,
@@ -212,7 +216,7 @@ def medical_task(data: Path, work: Path) -> Task:
 
     The wrong language model has read two novels; where a rule takes a second one, it is that one again.
     """
-    from shallowfusion.demo.shipped import decoders, read_manifest, terms
+    from shallowfusion.demo.shipped import decoders, model_directory, read_manifest, terms
     from shallowfusion.demo.train import write_evaluation_clips
 
     write_evaluation_clips(data, work)
@@ -222,7 +226,9 @@ def medical_task(data: Path, work: Path) -> Task:
     dev, test_set = encoded(right, clips["private"][:120]), encoded(right, clips["test"])
     listed = {term for term in terms() if any(f" {term} " in f" {text} " for text in test_set.references)}
     named = {"right": right, "wrong": wrong} | _with_second(right, wrong, wrong)
-    return Task("medical", named, dev, test_set, TermList.of(sorted(listed)), tuple(medical_trials()))
+    models = (str(model_directory("asr")), str(model_directory("lm_medical")))
+    gate = learned_trial(work / "gate_medical", *models, clips["private"][120:], clips["private"][:120])
+    return Task("medical", named, dev, test_set, TermList.of(sorted(listed)), tuple(medical_trials()), gate)
 
 
 def an4_task(data: Path, work: Path) -> Task:
@@ -240,7 +246,10 @@ def an4_task(data: Path, work: Path) -> Task:
     second = FusionDecoder(right.acoustic, FusionDecoder.from_pretrained(asr, [general], device="cpu").language_models)
     parts = {part: [(path, text.lower()) for path, text in an4_recordings(data, part)] for part in ("dev", "test")}
     named = {"right": right, "wrong": wrong} | _with_second(right, wrong, second)
-    return Task("an4", named, encoded(right, parts["dev"]), encoded(right, parts["test"]), None, tuple(short_trials()))
+    halves = parts["dev"][0::2], parts["dev"][1::2]
+    gate = learned_trial(work / "gate_an4", asr, str(an4_lm(data, work)), *halves)
+    sets = (encoded(right, parts["dev"]), encoded(right, parts["test"]))
+    return Task("an4", named, *sets, None, tuple(short_trials()), gate)
 
 
 def _with_second(right: FusionDecoder, wrong: FusionDecoder, second: FusionDecoder) -> dict[str, FusionDecoder]:
@@ -283,13 +292,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="clips, which need espeak-ng, and what was decoded")
     parser.add_argument("--task", choices=("medical", "an4"), default="medical")
     parser.add_argument("--lm", choices=("right", "wrong"), nargs="+", default=["right", "wrong"])
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="test these alone")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     task = {"medical": medical_task, "an4": an4_task}[chosen.task](chosen.data, chosen.work)
     progress = Progress(chosen.work / f"rules_{task.name}.jsonl")
     trials = choose(task, progress)
     for lm in chosen.lm:
-        save(test(task, lm, trials.values(), progress))
+        learned = [task.learned] if lm == "right" else []
+        wanted = [own for own in (*trials.values(), *learned) if own.system in (chosen.systems or [own.system])]
+        save(test(task, lm, wanted, progress))
     return 0
 
 
