@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.timing import Measurement, measurements, take_turns
 
-__all__ = ["SHAPES", "Pair", "generate", "make_pair", "ours", "run"]
+__all__ = ["SHAPES", "Pair", "Shape", "generate", "make_pair", "ours", "run"]
 
 WEIGHT = 0.3
 TEXT_TOKENS, END, START, NO_TIMESTAMPS = 50_256, 50_256, 50_257, 50_362

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
+from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, internal_lm, ngram, rescoring, tuning
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -40,6 +40,7 @@ CASES = (
         bridge.run,
         ("tests/scorers/test_token_ranges.py", "tests/scorers/test_byte_bridge.py"),
     ),
+    Case("internal_lm", internal_lm.run, ("tests/scorers/test_internal_lm.py",)),
     Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
 )

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class Task:
     """What is decoded.
 
     Args:
-        learned: the trained gate, for the right language model alone, which it knows by its fingerprint.
+        learned: trains a gate, for the right language model alone, which it knows by its fingerprint.
         decoders: the acoustic model with a fitting ("right") and an unfitting ("wrong") language model, and with a
             second one beside either ("right both", "wrong both").
     """
@@ -72,7 +73,7 @@ class Task:
     test: Set
     terms: TermList | None
     trials: tuple[Trial, ...]
-    learned: Trial
+    learned: Callable[[], Trial]
 
     def decoder(self, lm: str, trial: Trial) -> FusionDecoder:
         return self.decoders[f"{lm} both" if trial.decoder == "both" else lm]
@@ -227,7 +228,7 @@ def medical_task(data: Path, work: Path) -> Task:
     listed = {term for term in terms() if any(f" {term} " in f" {text} " for text in test_set.references)}
     named = {"right": right, "wrong": wrong} | _with_second(right, wrong, wrong)
     models = (str(model_directory("asr")), str(model_directory("lm_medical")))
-    gate = learned_trial(work / "gate_medical", *models, clips["private"][120:], clips["private"][:120])
+    gate = partial(learned_trial, work / "gate_medical", *models, clips["private"][120:], clips["private"][:120])
     return Task("medical", named, dev, test_set, TermList.of(sorted(listed)), tuple(medical_trials()), gate)
 
 
@@ -247,7 +248,7 @@ def an4_task(data: Path, work: Path) -> Task:
     parts = {part: [(path, text.lower()) for path, text in an4_recordings(data, part)] for part in ("dev", "test")}
     named = {"right": right, "wrong": wrong} | _with_second(right, wrong, second)
     halves = parts["dev"][0::2], parts["dev"][1::2]
-    gate = learned_trial(work / "gate_an4", asr, str(an4_lm(data, work)), *halves)
+    gate = partial(learned_trial, work / "gate_an4", asr, str(an4_lm(data, work)), *halves)
     sets = (encoded(right, parts["dev"]), encoded(right, parts["test"]))
     return Task("an4", named, *sets, None, tuple(short_trials()), gate)
 
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress(chosen.work / f"rules_{task.name}.jsonl")
     trials = choose(task, progress)
     for lm in chosen.lm:
-        learned = [task.learned] if lm == "right" else []
+        learned = [task.learned()] if lm == "right" and "learned gate" in (chosen.systems or ["learned gate"]) else []
         wanted = [own for own in (*trials.values(), *learned) if own.system in (chosen.systems or [own.system])]
         save(test(task, lm, wanted, progress))
     return 0
