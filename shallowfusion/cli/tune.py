@@ -22,6 +22,7 @@ __all__ = ["add_parser", "run"]
 
 DECODER, REPORT, DATA = "decoder.json", "report.html", "tuning.json"
 INTERRUPTED = 130  # as shells report it
+FEWEST = 50  # development recordings, for a floor of trust
 
 
 def add_parser(commands: Any) -> None:
@@ -81,6 +82,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     dev = [recording for recording in read_manifest(arguments.dev) if not recording.is_silence]
+    if arguments.trust is not None and len(dev) < FEWEST:
+        print(
+            f"shallowfusion: --trust takes its floor from {len(dev)} recordings; with fewer than {FEWEST} it is chance",
+            file=sys.stderr,
+        )
     require(bool(dev), f"{arguments.dev} holds silent recordings alone, wanted some with references.")
     test = [] if arguments.test is None else [r for r in read_manifest(arguments.test) if not r.is_silence]
     check_disjoint(dev, test)
