@@ -29,6 +29,7 @@ __all__ = [
     "by_class",
     "confidence_gate",
     "delayed",
+    "density_ratio",
     "entropy_gate",
     "evidence_gate",
     "gated",
@@ -36,6 +37,7 @@ __all__ = [
     "inverse_entropy_gate",
     "late_fusion",
     "learned",
+    "lodr",
     "margin_gate",
     "mixture",
     "piecewise",
@@ -169,9 +171,29 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
 
     Args:
         variant: "zero_encoder" (encoder output 0), "zero_context" (no cross-attention), "mean_context" (the mean over
-            the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer).
+            the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer),
+            "source_lm" (the last language model that is loaded, see `density_ratio`).
     """
     return Rule("internal_lm", as_weights(weight), ilm_weight=ilm_weight, ilm_variant=variant)
+
+
+def density_ratio(weight: Weight, source_weight: float) -> Rule:
+    """asr + weight * lm - source_weight * source: the domain's text over that of the acoustic model (2002.11268).
+
+    `source` is the last language model that is loaded: one of the acoustic model's training transcripts. As with
+    `internal_lm` nothing is subtracted from the end and special tokens, and its log-prob is kept above -20.
+    """
+    return _over_source("density_ratio", weight, source_weight)
+
+
+def lodr(weight: Weight, source_weight: float) -> Rule:
+    """`density_ratio` with a model of low order as the source: a bigram, `build-ngram --order 2` (2203.16776)."""
+    return _over_source("lodr", weight, source_weight)
+
+
+def _over_source(name: str, weight: Weight, source_weight: float) -> Rule:
+    require(source_weight > 0, f"source_weight must be above 0, got {source_weight!r}; without it the rule is static.")
+    return Rule(name, as_weights(weight), ilm_weight=source_weight, ilm_variant="source_lm")
 
 
 def trusted(rule: Rule, floor: float, memory: float = 0.0) -> Rule:
