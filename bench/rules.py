@@ -87,6 +87,9 @@ class Progress:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self._known = {entry["key"]: entry for entry in map(json.loads, lines)}
 
+    def has(self, key: str) -> bool:
+        return key in self._known
+
     def had(self, key: str, make: Callable[[], dict[str, object]]) -> dict[str, object]:
         """What is stored under a key; made and stored if nothing is."""
         if key not in self._known:
@@ -164,8 +167,8 @@ def with_trust(task: Task, progress: Progress, base: Trial) -> dict[str, Trial]:
     }
 
 
-def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress) -> list[dict[str, object]]:
-    """Rows of the table for one language model."""
+def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress, is_timed: bool) -> list[dict[str, object]]:
+    """Rows of the table for one language model; without `is_timed` the speed is left blank where it is not known."""
     own, normalise = task.test, normaliser("basic")
     ids = tuple(str(i) for i in range(len(own.references)))
     texts: dict[str, Sequence[str]] = {}
@@ -184,7 +187,7 @@ def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress) -> li
         def timed(trial: Trial = trial) -> dict[str, object]:
             few = own.first(min(BATCH, len(own.references)))
             LISTS.clear()
-            return {"rtfx": few.seconds / run_trial(task.decoder("right", trial), few, trial)[1]}
+            return {"rtfx": round(few.seconds / run_trial(task.decoder("right", trial), few, trial)[1], 1)}
 
         rows.append({
             "task": task.name, "lm": lm, "system": scores.name, "rule": str(trial.rerank or trial.rule),
@@ -197,7 +200,9 @@ def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress) -> li
             "worse": "" if scores.comparison is None else scores.comparison.losses,
             "term_recall": "" if scores.terms is None else f"{scores.terms.recall:.4f}",
             "truncated": f"{scores.failures.truncation_rate:.4f}", "looping": f"{scores.failures.loop_rate:.4f}",
-            "rtfx": f"{float(str(progress.had(f'time {trial.key}', timed)['rtfx'])):.1f}",
+            "rtfx": progress.had(f"time {trial.key}", timed)["rtfx"]
+            if is_timed or progress.has(f"time {trial.key}")
+            else "",
         })  # fmt: skip
     return rows
 
@@ -293,6 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="clips, which need espeak-ng, and what was decoded")
     parser.add_argument("--task", choices=("medical", "an4"), default="medical")
     parser.add_argument("--lm", choices=("right", "wrong"), nargs="+", default=["right", "wrong"])
+    parser.add_argument("--no-time", action="store_true", help="no decoding for speed, which other work would spoil")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="test these alone")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -302,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     for lm in chosen.lm:
         learned = [task.learned()] if lm == "right" and "learned gate" in (chosen.systems or ["learned gate"]) else []
         wanted = [own for own in (*trials.values(), *learned) if own.system in (chosen.systems or [own.system])]
-        save(test(task, lm, wanted, progress))
+        save(test(task, lm, wanted, progress, not chosen.no_time))
     return 0
 
 
