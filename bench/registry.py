@@ -6,8 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bench import (
-    bridge, ctc, ctc_prefix, decode, delayed, fused_step, internal_lm, ngram, peers, rescoring, stages, tuning,
-)  # fmt: skip
+    bridge,
+    ctc,
+    ctc_prefix,
+    decode,
+    delayed,
+    fused_step,
+    internal_lm,
+    ngram,
+    peers,
+    rescoring,
+    stages,
+    tuning,
+)
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
