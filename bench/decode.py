@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bench.timing import Measurement, measurements, take_turns
 
-__all__ = ["SHAPES", "WEIGHT", "Pair", "encoder_output", "generate", "make_int8_pair", "make_pair", "ours", "run"]
+__all__ = [
+    "SHAPES", "WEIGHT", "Pair", "Shape", "encoder_output", "generate", "make_int8_pair", "make_pair", "ours", "run",
+]  # fmt: skip
 
 WEIGHT = 0.3
 TEXT_TOKENS, END, START, NO_TIMESTAMPS = 50_256, 50_256, 50_257, 50_362

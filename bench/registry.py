@@ -12,6 +12,7 @@ from bench import (
     decode,
     delayed,
     fused_step,
+    internal_lm,
     ngram,
     peers,
     rescoring,
@@ -60,6 +61,7 @@ CASES = (
         bridge.run,
         ("tests/scorers/test_token_ranges.py", "tests/scorers/test_byte_bridge.py"),
     ),
+    Case("internal_lm", internal_lm.run, ("tests/scorers/test_internal_lm.py",)),
     Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
 )

@@ -1,22 +1,27 @@
-"""Every fusion rule on the same clips: `python -m bench.rules --data ../shared/data --work DIRECTORY [--task medical]`.
+"""Every fusion rule on the same recordings: `python -m bench.rules --data ../shared/data --work DIRECTORY --task an4`.
 
 Parameters are chosen on development recordings with the right language model; the test recordings are decoded once,
-with the right language model and, as a control, with one of the wrong domain.
+with the right language model and, as a control, with one of the wrong domain. Every decoding is kept in the work
+directory as it comes, and a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.rules_gate import learned_trial
+from bench.rules_trials import ALONE, Trial, medical_trials, short_trials
 from bench.timing import ROOT, machine
 from shallowfusion import DecodingOptions, FusionDecoder, fusion
 from shallowfusion.audio.reading import read_audio
@@ -26,15 +31,16 @@ from shallowfusion.evaluation.scoring import ReferenceSet, evaluate
 from shallowfusion.evaluation.terms import TermList
 from shallowfusion.evaluation.word_errors import word_errors
 from shallowfusion.features.log_mel import log_mel
-from shallowfusion.fusion import Rule
 from shallowfusion.results import Transcription
+from shallowfusion.trusting import Evidence, trust_floor
 
 __all__ = ["main"]
 
 BATCH = 24
+LISTS: dict[tuple[int, int, str], list[Transcription]] = {}
 COLUMNS = (
     "task", "lm", "system", "rule", "asr_temperature", "utterances", "words", "errors", "wer", "low", "high",
-    "p_corrected", "better", "worse", "term_recall", "truncated", "looping", "rtfx",
+    "p", "p_corrected", "better", "worse", "term_recall", "truncated", "looping", "rtfx",
 )  # fmt: skip
 
 
@@ -46,80 +52,82 @@ class Set:
     references: tuple[str, ...]
     seconds: float
 
+    def first(self, count: int) -> Set:
+        share = count / len(self.references)
+        return Set(self.states[:count], self.references[:count], self.seconds * share)
+
 
 @dataclass(frozen=True)
 class Task:
-    """What is decoded: the acoustic model with a fitting and an unfitting language model, and with both."""
+    """What is decoded.
+
+    Args:
+        learned: trains a gate, for the right language model alone, which it knows by its fingerprint.
+        decoders: the acoustic model with a fitting ("right") and an unfitting ("wrong") language model, and with a
+            second one beside either ("right both", "wrong both").
+    """
 
     name: str
-    right: FusionDecoder
-    wrong: FusionDecoder
-    both: FusionDecoder
+    decoders: Mapping[str, FusionDecoder]
     dev: Set
     test: Set
     terms: TermList | None
+    trials: tuple[Trial, ...]
+    learned: Callable[[], Trial]
+
+    def decoder(self, lm: str, trial: Trial) -> FusionDecoder:
+        return self.decoders[f"{lm} both" if trial.decoder == "both" else lm]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One system with one choice of its parameters."""
+class Progress:
+    """JSON lines of what was decoded: development errors and test transcripts by trial."""
 
-    system: str
-    rule: Rule
-    asr_temperature: float = 1.0
-    decoder: str = "one"  # or "both": two language models
-    beam_size: int = 5
-    rerank: Rule | None = None  # of a list decoded with `rule`
-    risk_scale: float | None = None  # minimum Bayes risk instead of the best total
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._known = {entry["key"]: entry for entry in map(json.loads, lines)}
 
+    def has(self, key: str) -> bool:
+        return key in self._known
 
-def trials() -> list[Trial]:
-    """The grid of every system."""
-    found = [Trial("static", fusion.static(w)) for w in (0.2, 0.4, 0.6, 0.8, 1.0)]
-    found += [Trial("piecewise", fusion.piecewise(w, n)) for w in (0.6, 0.8, 1.0) for n in (2, 6)]
-    found += [Trial("piecewise, catch-up", fusion.piecewise(w, 4, catch_up=True)) for w in (0.6, 0.8, 1.0)]
-    found += [Trial("article", fusion.article(w, 2)) for w in (0.24, 0.6, 0.8)]
-    found += [Trial("uadf, as published", fusion.uadf(), t) for t in (1.0, 2.0)]
-    found += [Trial("uadf, ASR primary", fusion.uadf_asr_primary(), t) for t in (1.0, 2.0, 3.0)]
-    found += [Trial("late fusion", fusion.late_fusion(w), t) for w in (0.25, 0.5, 1.0) for t in (1.0, 2.0)]
-    for form in ("local", "advantage", "plain"):
-        for weight in (0.8, 1.5, 3.0):
-            for temperature in (1.0, 2.0):
-                gates = {
-                    "entropy gate": fusion.entropy_gate(weight, form=form),
-                    "confidence gate": fusion.confidence_gate(weight, form=form),
-                    "margin gate": fusion.margin_gate(weight, threshold=3.0, form=form),
-                    "inverse-entropy gate": fusion.inverse_entropy_gate(weight, form=form),
-                    "agreement gate": fusion.agreement_gate(weight, top_k=3, form=form),
-                }
-                found += [Trial(name, rule, temperature) for name, rule in gates.items()]
-    pairs = [(w, i) for w in (0.6, 0.8, 1.0) for i in (0.1, 0.2, 0.3)]
-    found += [Trial("internal LM", fusion.internal_lm(w, i)) for w, i in pairs]
-    found += [Trial("evidence gate", fusion.evidence_gate(0.8, 0.2, s, m)) for s in (0.1, 0.3) for m in (0.7, 0.9, 1.1)]
-    found += [Trial("two LMs", fusion.static([w, v]), decoder="both") for w in (0.6, 0.8) for v in (0.05, 0.1, 0.2)]
-    alone = fusion.static(0.0)
-    for weight in (0.2, 0.4, 0.6, 0.8):
-        ranked = Trial("rescoring, 20-best of ASR alone", alone, beam_size=20, rerank=fusion.static(weight))
-        found.append(ranked)
-        found += [replace(ranked, system="rescoring and MBR", risk_scale=k) for k in (0.3, 1.0)]
-    found += [Trial("static and MBR", fusion.static(0.8), beam_size=20, risk_scale=k) for k in (0.1, 0.3, 1.0)]
-    return found
+    def had(self, key: str, make: Callable[[], dict[str, object]]) -> dict[str, object]:
+        """What is stored under a key; made and stored if nothing is."""
+        if key not in self._known:
+            self._known[key] = {"key": key, **make()}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self._known[key]) + "\n")
+            shown = {name: value for name, value in self._known[key].items() if name != "texts"}
+            print(json.dumps(shown), flush=True)
+        return self._known[key]
 
 
 def run_trial(decoder: FusionDecoder, own: Set, trial: Trial) -> tuple[list[str], float]:
-    """Transcripts and seconds."""
-    start = time.perf_counter()
-    n_best = trial.beam_size if trial.rerank or trial.risk_scale else 1
+    """Transcripts, and seconds of processor time, which other work on the machine does not lengthen."""
+    start = time.process_time()
+    is_list = trial.rerank is not None or trial.risk_scale is not None
     options = DecodingOptions(
-        beam_size=trial.beam_size, n_best=n_best, rule=trial.rule, asr_temperature=trial.asr_temperature
+        beam_size=trial.beam_size,
+        n_best=trial.beam_size if is_list else 1,
+        rule=trial.rule,
+        asr_temperature=trial.asr_temperature,
     )
-    results: list[Transcription] = []
-    for first in range(0, len(own.references), BATCH):
-        results += decoder.decode(own.states[first : first + BATCH], options)
+    known = LISTS.get((id(decoder), id(own), repr(options)))
+    results = list(known or decoded(decoder, own, options))
+    if is_list:  # ranked in several ways
+        LISTS[id(decoder), id(own), repr(options)] = results
     if trial.rerank is not None:
         results = [result.rerank(trial.rerank) for result in results]
     texts = [result.text if trial.risk_scale is None else least_risk(result, trial.risk_scale) for result in results]
-    return texts, time.perf_counter() - start
+    return texts, time.process_time() - start
+
+
+def decoded(decoder: FusionDecoder, own: Set, options: DecodingOptions) -> list[Transcription]:
+    """Results of all recordings, which are one session in their order."""
+    found: list[Transcription] = []
+    evidence = Evidence()
+    for first in range(0, len(own.references), BATCH):
+        found += decoder.decode(own.states[first : first + BATCH], options, evidence=evidence)
+    return found
 
 
 def least_risk(result: Transcription, scale: float) -> str:
@@ -127,49 +135,75 @@ def least_risk(result: Transcription, scale: float) -> str:
     return texts[minimum_bayes_risk(texts, [h.total for h in result.n_best], scale).position]
 
 
-def choose(task: Task) -> dict[str, Trial]:
-    """For every system the trial with the fewest word errors on the development recordings."""
+def choose(task: Task, progress: Progress) -> dict[str, Trial]:
+    """For every system the trial with the fewest word errors on the development recordings, the first among equals."""
     best: dict[str, tuple[int, Trial]] = {}
-    for trial in trials():
-        texts, _ = run_trial(task.both if trial.decoder == "both" else task.right, task.dev, trial)
-        errors = sum(word_errors(list(task.dev.references), texts).errors)
-        print(f"dev {task.name} {errors:5d} {trial.system} {trial.rule} T={trial.asr_temperature}", flush=True)
-        if trial.system not in best or errors < best[trial.system][0]:
-            best[trial.system] = (errors, trial)
-    return {system: trial for system, (_, trial) in best.items()}
+    for trial in task.trials:
+
+        def errors(trial: Trial = trial) -> dict[str, object]:
+            texts, _ = run_trial(task.decoder("right", trial), task.dev, trial)
+            return {"errors": sum(word_errors(list(task.dev.references), texts).errors)}
+
+        found = int(str(progress.had(f"dev {trial.key}", errors)["errors"]))
+        if trial.system not in best or found < best[trial.system][0]:
+            best[trial.system] = (found, trial)
+    chosen = {system: trial for system, (_, trial) in best.items()}
+    return chosen | with_trust(task, progress, chosen["internal LM"])
 
 
-def test(task: Task, chosen: dict[str, Trial]) -> list[dict[str, object]]:
-    """The chosen trials on the test recordings with either language model."""
-    rows = []
+def with_trust(task: Task, progress: Progress, base: Trial) -> dict[str, Trial]:
+    """A rule that may give the language model up; its floor needs no references and no wrong language model."""
+    options = DecodingOptions(rule=base.rule, beam_size=base.beam_size)
+
+    def floor() -> dict[str, object]:
+        return {"floor": round(trust_floor(decoded(task.decoder("right", base), task.dev, options), 0.1), 3)}
+
+    found = float(str(progress.had(f"floor {base.key}", floor)["floor"]))
+    return {
+        "trusted internal LM": Trial("trusted internal LM", fusion.trusted(base.rule, found)),
+        "trusted internal LM, memory 0.6": Trial(
+            "trusted internal LM, memory 0.6", fusion.trusted(base.rule, found, 0.6)
+        ),
+    }
+
+
+def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress, is_timed: bool) -> list[dict[str, object]]:
+    """Rows of the table for one language model; without `is_timed` the speed is left blank where it is not known."""
     own, normalise = task.test, normaliser("basic")
-    references = ReferenceSet(
-        tuple(str(i) for i in range(len(own.references))), own.references, normalise, None, task.terms
-    )
-    alone, alone_seconds = run_trial(task.right, own, Trial("ASR alone", fusion.static(0.0)))
-    for lm, decoder in (("right", task.right), ("wrong", task.wrong)):
-        texts, seconds = {"ASR alone": alone}, {"ASR alone": alone_seconds}
-        for system, trial in chosen.items():
-            if trial.decoder == "both" and lm == "wrong":
-                continue
-            which = task.both if trial.decoder == "both" else decoder
-            texts[system], seconds[system] = run_trial(which, own, trial)
-        for scores in evaluate(references, texts).systems:
-            trial = chosen.get(scores.name, Trial("ASR alone", fusion.static(0.0)))
-            row = {
-                "task": task.name, "lm": lm, "system": scores.name, "rule": str(trial.rerank or trial.rule),
-                "asr_temperature": trial.asr_temperature, "utterances": len(own.references),
-                "words": sum(scores.words.words), "errors": sum(scores.words.errors), "wer": f"{scores.words.rate:.4f}",
-                "low": f"{scores.interval[0]:.4f}", "high": f"{scores.interval[1]:.4f}",
-                "p_corrected": "" if scores.tests is None else f"{scores.tests.p_corrected:.4f}",
-                "better": "" if scores.comparison is None else scores.comparison.wins,
-                "worse": "" if scores.comparison is None else scores.comparison.losses,
-                "term_recall": "" if scores.terms is None else f"{scores.terms.recall:.4f}",
-                "truncated": f"{scores.failures.truncation_rate:.4f}", "looping": f"{scores.failures.loop_rate:.4f}",
-                "rtfx": f"{own.seconds / seconds[scores.name]:.1f}",
-            }  # fmt: skip
-            rows.append(row)
-            print(row, flush=True)
+    ids = tuple(str(i) for i in range(len(own.references)))
+    texts: dict[str, Sequence[str]] = {}
+    chosen = {trial.system: trial for trial in (ALONE, *trials)}
+    for system, trial in chosen.items():
+        which = "right" if trial is ALONE else lm
+
+        def texts_of(trial: Trial = trial, which: str = which) -> dict[str, object]:
+            return {"texts": run_trial(task.decoder(which, trial), own, trial)[0]}
+
+        texts[system] = list(progress.had(f"test {which} {trial.key}", texts_of)["texts"])  # type: ignore[call-overload]
+    rows = []
+    for scores in evaluate(ReferenceSet(ids, own.references, normalise, None, task.terms), texts).systems:
+        trial = chosen[scores.name]
+
+        def timed(trial: Trial = trial) -> dict[str, object]:
+            few = own.first(min(BATCH, len(own.references)))
+            LISTS.clear()
+            return {"rtfx": round(few.seconds / run_trial(task.decoder("right", trial), few, trial)[1], 1)}
+
+        rows.append({
+            "task": task.name, "lm": lm, "system": scores.name, "rule": str(trial.rerank or trial.rule),
+            "asr_temperature": trial.asr_temperature, "utterances": len(own.references),
+            "words": sum(scores.words.words), "errors": sum(scores.words.errors), "wer": f"{scores.words.rate:.4f}",
+            "low": f"{scores.interval[0]:.4f}", "high": f"{scores.interval[1]:.4f}",
+            "p": "" if scores.tests is None else f"{scores.tests.p_value:.4f}",
+            "p_corrected": "" if scores.tests is None else f"{scores.tests.p_corrected:.4f}",
+            "better": "" if scores.comparison is None else scores.comparison.wins,
+            "worse": "" if scores.comparison is None else scores.comparison.losses,
+            "term_recall": "" if scores.terms is None else f"{scores.terms.recall:.4f}",
+            "truncated": f"{scores.failures.truncation_rate:.4f}", "looping": f"{scores.failures.loop_rate:.4f}",
+            "rtfx": progress.had(f"time {trial.key}", timed)["rtfx"]
+            if is_timed or progress.has(f"time {trial.key}")
+            else "",
+        })  # fmt: skip
     return rows
 
 
@@ -184,29 +218,101 @@ def encoded(decoder: FusionDecoder, recordings: Sequence[tuple[Path, str]]) -> S
 
 
 def medical_task(data: Path, work: Path) -> Task:
-    """The demo models on 120 development and 320 test clips of unseen medical sentences, spoken by espeak-ng."""
-    from shallowfusion.demo.shipped import decoders, read_manifest, terms
+    """The demo models on 120 development and 320 test clips of unseen medical sentences, spoken by espeak-ng.
+
+    The wrong language model has read two novels; where a rule takes a second one, it is that one again.
+    """
+    from shallowfusion.demo.shipped import decoders, model_directory, read_manifest, terms
     from shallowfusion.demo.train import write_evaluation_clips
 
     write_evaluation_clips(data, work)
     loaded = decoders("cpu", "float32")
     clips = {part: [(clip.path, clip.text) for clip in read_manifest(work / part)] for part in ("private", "test")}
     right, wrong = loaded["medical"], loaded["general"]
-    both = FusionDecoder(right.acoustic, [*right.language_models, *wrong.language_models])
     dev, test_set = encoded(right, clips["private"][:120]), encoded(right, clips["test"])
     listed = {term for term in terms() if any(f" {term} " in f" {text} " for text in test_set.references)}
-    return Task("medical", right, wrong, both, dev, test_set, TermList.of(sorted(listed)))
+    named = {"right": right, "wrong": wrong} | _with_second(right, wrong, wrong)
+    models = (str(model_directory("asr")), str(model_directory("lm_medical")))
+    gate = partial(learned_trial, work / "gate_medical", *models, clips["private"][120:], clips["private"][:120])
+    return Task("medical", named, dev, test_set, TermList.of(sorted(listed)), tuple(medical_trials()), gate)
+
+
+def an4_task(data: Path, work: Path) -> Task:
+    """Real speech: AN4's development and test speakers, an n-gram model of its training transcripts' characters.
+
+    The second language model is the one of two novels; the wrong one is the medical one.
+    """
+    from shallowfusion.demo.recordings import an4_recordings
+    from shallowfusion.demo.shipped import model_directory
+
+    asr = str(model_directory("asr_an4"))
+    general, medical = (str(model_directory(f"lm_{name}")) for name in ("general", "medical"))
+    right = FusionDecoder.from_pretrained(asr, [str(an4_lm(data, work))], device="cpu")
+    wrong = FusionDecoder(right.acoustic, FusionDecoder.from_pretrained(asr, [medical], device="cpu").language_models)
+    second = FusionDecoder(right.acoustic, FusionDecoder.from_pretrained(asr, [general], device="cpu").language_models)
+    parts = {part: [(path, text.lower()) for path, text in an4_recordings(data, part)] for part in ("dev", "test")}
+    named = {"right": right, "wrong": wrong} | _with_second(right, wrong, second)
+    halves = parts["dev"][0::2], parts["dev"][1::2]
+    gate = partial(learned_trial, work / "gate_an4", asr, str(an4_lm(data, work)), *halves)
+    sets = (encoded(right, parts["dev"]), encoded(right, parts["test"]))
+    return Task("an4", named, *sets, None, tuple(short_trials()), gate)
+
+
+def _with_second(right: FusionDecoder, wrong: FusionDecoder, second: FusionDecoder) -> dict[str, FusionDecoder]:
+    return {
+        f"{name} both": FusionDecoder(right.acoustic, [*own.language_models, *second.language_models])
+        for name, own in (("right", right), ("wrong", wrong))
+    }
+
+
+def an4_lm(data: Path, work: Path, orders: Sequence[int] = (4, 6, 8, 10, 12)) -> Path:
+    """An ARPA file of character n-grams of the training transcripts, of the order that predicts those of dev best."""
+    from shallowfusion.demo.corpus import normalise
+    from shallowfusion.demo.recordings import an4_recordings
+    from shallowfusion.demo.shipped import model_directory
+    from shallowfusion.ngrams.arpa import write_arpa
+    from shallowfusion.ngrams.estimate import EstimateSettings, estimate
+    from shallowfusion.ngrams.perplexity import perplexity
+    from shallowfusion.ngrams.table import NgramTable
+    from shallowfusion.ngrams.units import tokens
+
+    path = work / "an4.arpa"
+    if path.exists():
+        return path
+    units = tokens(str(model_directory("asr_an4")))
+    texts = {part: [normalise(text) or "" for _, text in an4_recordings(data, part)] for part in ("train", "dev")}
+    found = {}
+    for order in orders:
+        model = estimate(units.split(texts["train"]), EstimateSettings(order), units.vocabulary).model
+        found[order] = (perplexity(NgramTable(model), units.split(texts["dev"])).value, model)
+        print(f"order {order}: perplexity {found[order][0]:.3f} per character of dev", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    write_arpa(found[min(found, key=lambda order: found[order][0])][1], path)
+    return path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Choose, test and append to bench/results/rules.csv."""
     parser = argparse.ArgumentParser(description="Compare the fusion rules on the demo models.")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="where the synthesised clips go; needs espeak-ng")
+    parser.add_argument("--work", type=Path, required=True, help="clips, which need espeak-ng, and what was decoded")
+    parser.add_argument("--task", choices=("medical", "an4"), default="medical")
+    parser.add_argument("--lm", choices=("right", "wrong"), nargs="+", default=["right", "wrong"])
+    parser.add_argument("--no-time", action="store_true", help="no decoding for speed, which other work would spoil")
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="test these alone")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    task = medical_task(chosen.data, chosen.work)
-    rows = test(task, choose(task))
+    task = {"medical": medical_task, "an4": an4_task}[chosen.task](chosen.data, chosen.work)
+    progress = Progress(chosen.work / f"rules_{task.name}.jsonl")
+    trials = choose(task, progress)
+    for lm in chosen.lm:
+        learned = [task.learned()] if lm == "right" and "learned gate" in (chosen.systems or ["learned gate"]) else []
+        wanted = [own for own in (*trials.values(), *learned) if own.system in (chosen.systems or [own.system])]
+        save(test(task, lm, wanted, progress, not chosen.no_time))
+    return 0
+
+
+def save(rows: Sequence[Mapping[str, object]]) -> None:
     path = ROOT / "bench" / "results" / "rules.csv"
     known = machine("cpu")
     is_new = not path.exists()
@@ -214,8 +320,9 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, [*known, *COLUMNS])
         if is_new:
             writer.writeheader()
-        writer.writerows({**known, **row} for row in rows)
-    return 0
+        for row in rows:
+            print(row, flush=True)
+            writer.writerow({**known, **row})
 
 
 if __name__ == "__main__":

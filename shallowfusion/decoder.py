@@ -34,6 +34,7 @@ from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
+from shallowfusion.trusting import Evidence, alone_options, flagged, given_up
 from shallowfusion.values import Hypothesis
 
 __all__ = ["FusionDecoder"]
@@ -63,6 +64,7 @@ class FusionDecoder:
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
+        self.internal_context = internal_context
         self._programs = DevicePrograms()
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
@@ -135,9 +137,11 @@ class FusionDecoder:
         items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
         require(len(items) > 0, "recordings must hold at least one recording, got an empty list.")
         results: list[Transcription | None] = [None] * len(items)
+        evidence = Evidence()
         for start in range(0, len(items), options.batch_size):
             batch = range(start, min(start + options.batch_size, len(items)))
-            for i, result in zip(batch, self._batch([items[i] for i in batch], start, options), strict=True):
+            found = self._batch([items[i] for i in batch], start, options, evidence)
+            for i, result in zip(batch, found, strict=True):
                 results[i] = result
         done = [result for result in results if result is not None]
         failed = [result for result in done if result.error is not None]
@@ -145,20 +149,38 @@ class FusionDecoder:
             logger.error("%s was not transcribed: %s", result.source, result.error)
         return done
 
-    def decode(self, inputs: Tensor, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
+    def decode(
+        self,
+        inputs: Tensor,
+        options: DecodingOptions | None = None,
+        *,
+        seconds: Sequence[float] | None = None,
+        evidence: Evidence | None = None,
+        **names: Any,
+    ) -> list[Transcription]:
         """Decode log-mel features [utterances, mels, frames] or encoder output [utterances, frames, size].
 
+        Args:
+            seconds: of sound in each utterance; the rest of the window is padding. None = the whole window.
+            evidence: of the session the utterances belong to, for `fusion.trusted`; None = they are one of their own.
+
         Raises:
-            InvalidArgumentError: a tensor that is neither, or bad options.
+            InvalidArgumentError: a tensor that is neither, `seconds` that do not pair, or bad options.
         """
         options = self._options(options, names)
         clock = StageClock()
         output = self._encoder_output(inputs, clock)
-        searched = self._search(output, options, clock)
-        seconds = float(self.acoustic.features.chunk_seconds)
-        timing = Timing(dict(clock.seconds), seconds * len(output), dict(clock.counts))
+        window = float(self.acoustic.features.chunk_seconds)
+        lengths = [window] * len(output) if seconds is None else [float(own) for own in seconds]
+        require(
+            len(lengths) == len(output) and all(0 < own <= window for own in lengths),
+            f"seconds must hold one length above 0 and up to {window:g} for each of the {len(output)} utterances, "
+            f"got {lengths}.",
+        )
+        searched = self._search(output, options, clock, None if seconds is None else lengths, evidence)
+        timing = Timing(dict(clock.seconds), sum(lengths), dict(clock.counts))
         return [
-            Transcription(f"array {i}", hypotheses, language, seconds, rule, timing)
+            Transcription(f"array {i}", hypotheses, language, lengths[i], rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
         ]
 
@@ -172,7 +194,9 @@ class FusionDecoder:
         self._planner.check(chosen.resolved_rule(len(self.language_models)))
         return chosen
 
-    def _batch(self, items: Sequence[Any], first: int, options: DecodingOptions) -> list[Transcription]:
+    def _batch(
+        self, items: Sequence[Any], first: int, options: DecodingOptions, evidence: Evidence
+    ) -> list[Transcription]:
         """Results of a few recordings; those that cannot be read fail alone."""
         clock = StageClock()
         sources = [str(item) if isinstance(item, (str, Path)) else f"array {first + i}" for i, item in enumerate(items)]
@@ -189,7 +213,7 @@ class FusionDecoder:
                 features = log_mel(samples, self.acoustic.features)
             rate = self.acoustic.features.sampling_rate
             seconds = [len(own) / rate for own in samples]
-            searched = self._search(self._encoder_output(features, clock), options, clock, seconds)
+            searched = self._search(self._encoder_output(features, clock), options, clock, seconds, evidence)
             timing = Timing(dict(clock.seconds), sum(seconds), dict(clock.counts))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
@@ -237,7 +261,12 @@ class FusionDecoder:
         return self._planner.sources(encoder_output, options, StageClock())
 
     def _search(
-        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
+        self,
+        encoder_output: Tensor,
+        options: DecodingOptions,
+        clock: StageClock,
+        seconds: list[float] | None = None,
+        evidence: Evidence | None = None,
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._planner.sources(encoder_output, options, clock, seconds)
         outcomes = driven_search(own, options.driver, clock, self._programs)
@@ -251,7 +280,18 @@ class FusionDecoder:
                 ranked_by_listening(listed, self.acoustic, encoder_output[i], prefixes[i], sound[i], options)
                 for i, listed in enumerate(found)
             ]
-        return [
-            (tuple(listed[: options.n_best]), language, own.rule or own.plan.rule)
+        rule = own.rule or own.plan.rule
+        results: list[tuple[tuple[Hypothesis, ...], str | None, Any]] = [
+            (tuple(listed[: options.n_best]), language, rule)
             for listed, language in zip(found, own.languages, strict=True)
         ]
+        if rule.trust is None or not self.language_models:
+            return results
+        names = [name for name in self.names_under(rule)[1:] if name != "ilm"]
+        lost = given_up([listed[0] for listed, _, _ in results], rule, names, evidence or Evidence())
+        if lost:
+            lengths = None if seconds is None else [seconds[i] for i in lost]
+            alone = FusionDecoder(self.acoustic)._search(encoder_output[lost], alone_options(options), clock, lengths)
+            for i, (listed, language, plain) in zip(lost, alone, strict=True):
+                results[i] = (flagged(listed), language, plain)
+        return results

@@ -23,6 +23,7 @@ from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
 from shallowfusion.scorers.mixture import MixtureScorer
+from shallowfusion.scorers.source_domain import SourceDomainScorer
 from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.late import DelayedModels, late_sources
@@ -73,6 +74,8 @@ class SearchPlanner:
     def names_under(self, rule: Rule) -> tuple[str, ...]:
         """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
         own = ("asr", "lm") if rule.lm_mixture else self.source_names
+        if rule.subtracts_last:
+            own = ("asr", "lm") if len(own) == 3 else own[:-1]
         return (*own, "ilm") if rule.ilm_weight else own
 
     def check(self, rule: Rule) -> None:
@@ -94,7 +97,8 @@ class SearchPlanner:
         if rule.delay is not None:
             return ()
         if not rule.lm_mixture:
-            return self._bridges.shared if self._bridges.languages else self.language_models
+            models = self._bridges.shared if self._bridges.languages else self.language_models
+            return models[: len(models) - int(rule.subtracts_last)]
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def sources(
@@ -144,7 +148,9 @@ class SearchPlanner:
         delayed = DelayedModels(self.language_models, self.source_names[1:], temperatures, policy)
         return late_sources(plan.rule, delayed, self.acoustic.scorer.vocabulary, context, clock)
 
-    def _internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
+    def _internal_lm(self, variant: IlmVariant) -> Scorer:
+        if variant == "source_lm":
+            return SourceDomainScorer(self.language_models[-1])
         if variant == "trained":
             require(
                 self.internal_context is not None,
@@ -163,6 +169,10 @@ class SearchPlanner:
             rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         self._bridges.check(rule, policy)
+        require(
+            not (rule.subtracts_last and self._bridges.languages),
+            f"the rule {rule.name} needs every language model on the acoustic model's tokenizer, without lm_bridge.",
+        )
         fuses, rule = rule.fuses and bool(self._bridges.languages), self._bridges.shared_rule(rule)
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
@@ -170,10 +180,10 @@ class SearchPlanner:
         maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        loaded = len(maps) + len(self._bridges.languages)
+        loaded = len(maps) + len(self._bridges.languages) + int(rule.subtracts_last)
         temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
-            maps.append(text_map(acoustic.vocabulary))
+            maps.append(self._subtracted_map(rule))
             unmapped.append(nothing)
             temperatures.append(1.0)
         room = acoustic.window - prefix_length
@@ -203,6 +213,14 @@ class SearchPlanner:
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
+
+    def _subtracted_map(self, rule: Rule) -> Tensor:
+        """Ids in the subtracted model of the text tokens alone."""
+        own = text_map(self.acoustic.scorer.vocabulary)
+        if not rule.subtracts_last:
+            return own
+        known = token_map(self.acoustic.scorer.vocabulary, self.language_models[-1].vocabulary, include_end=False)
+        return own if known is None else torch.where(own < 0, own, known)
 
     def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
         """The automaton of the hotwords; the one of the call before if they are the same."""

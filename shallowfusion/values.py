@@ -182,7 +182,8 @@ class Hypothesis:
         score: what hypotheses are ranked by: the total after the length rule.
         parts: sum over tokens of each source's log-prob, unweighted, by source name.
         flags: "forced_finish" (stopped without an end token), "truncation" (ended although the acoustic model gave
-            the end little chance), "repetition" (the text repeats itself), "nan" (a model returned NaN).
+            the end little chance), "repetition" (the text repeats itself), "nan" (a model returned NaN),
+            "lm_distrusted" (decoded without language models, which found the fused one too unlikely).
     """
 
     text: str

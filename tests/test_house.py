@@ -26,7 +26,7 @@ LEVELS = [
     {"search"},
     {"rescoring"},
     {"options", "results"},
-    {"transcripts", "planning", "ctc"},
+    {"transcripts", "planning", "ctc", "trusting"},
     {"decoder", "attention_rescoring"},
     {"compat"},
     {"evaluation"},

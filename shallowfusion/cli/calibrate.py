@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from shallowfusion.decoder import FusionDecoder
     from shallowfusion.evaluation.manifest import Recording
+    from shallowfusion.training.session import EncodedSet
 
 __all__ = ["add_parser", "run"]
 
@@ -28,7 +30,7 @@ def add_parser(commands: Any) -> None:
         help="measure the temperatures at which models are as sure as they are right",
         description="Read the references of a development set through every model, teacher-forced, and find the "
         "temperature at which its mean largest probability equals its token accuracy. The file is for --calibration; "
-        "uadf and gates by entropy or confidence want it.",
+        "uadf and gates by entropy or confidence want it. A killed run does not encode again.",
     )
     parser.add_argument("dev", type=Path, metavar="DEV", help="development set: a manifest as for evaluate")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="gets the temperatures as JSON")
@@ -50,14 +52,23 @@ def run(arguments: argparse.Namespace) -> int:
     require(arguments.batch_size >= 1, f"--batch-size must be at least 1, got {arguments.batch_size}.")
     from shallowfusion.evaluation.manifest import read_manifest
     from shallowfusion.training.calibration import Calibration, calibrate
+    from shallowfusion.training.session import EncodedSet
 
     dev = [recording for recording in read_manifest(arguments.dev) if not recording.is_silence]
     require(bool(dev), f"{arguments.dev} holds silent recordings alone, wanted some with references.")
     decoder = load_decoder(arguments)
     options = DecodingOptions(language=arguments.language, batch_size=arguments.batch_size)
-    models = calibrate(decoder, _batches(decoder, dev, arguments.batch_size), options)
+    require(
+        arguments.out.absolute().parent.is_dir(),
+        f"{arguments.out} cannot be written, its directory does not exist; name another file.",
+    )
+    work = arguments.out.with_name(arguments.out.name + ".encoded")  # by which a killed run goes on
+    encoded = EncodedSet(decoder, work)
+    encoded.make(dev, progress, arguments.batch_size)
+    models = calibrate(decoder, _batches(decoder, dev, encoded, arguments.batch_size), options)
     found = Calibration(models, arguments.criterion, f"{len(dev)} utterances of {arguments.dev.name}")
     found.save(arguments.out)
+    shutil.rmtree(work)
     if arguments.json:
         print(json.dumps(found.as_data(), indent=1))
     else:
@@ -67,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _batches(
-    decoder: FusionDecoder, dev: Sequence[Recording], size: int
+    decoder: FusionDecoder, dev: Sequence[Recording], encoded: EncodedSet, size: int
 ) -> Iterator[tuple[Tensor, list[tuple[int, ...]]]]:
     from shallowfusion.training.teacher_forcing import text_ids
 
     for batch in progress([dev[start : start + size] for start in range(0, len(dev), size)], "reading references"):
         ids = [text_ids(decoder, recording.text) for recording in batch]
-        yield decoder.encode([recording.audio for recording in batch]), ids
+        yield encoded.read(batch), ids
 
 
 def _lines(found: Any) -> list[str]:

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["add_configuration", "apply_configuration", "configured", "load_decoder"]
 
-_IN_THE_FILE = ("asr", "lm", "rule", "lm_weight", "initial_steps", "ramp", "catch_up", "calibration")
+_IN_THE_FILE = (
+    "asr",
+    "lm",
+    "rule",
+    "lm_weight",
+    "initial_steps",
+    "ramp",
+    "catch_up",
+    "calibration",
+    "internal_context",
+)
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +51,7 @@ def apply_configuration(arguments: argparse.Namespace) -> None:
     require(not given, f"--config names models, rule and temperatures, so {', '.join(given)} cannot be given with it.")
     found = DecoderFile.load(arguments.config)
     arguments.asr, arguments.lm, arguments.rule = found.asr, list(found.lm), found.rule
+    arguments.internal_context = None if found.internal_context is None else found.internal_context[0]
     for name, value in found.options.items():
         if name == "suppress_blank":
             arguments.keep_blank = arguments.keep_blank or not value

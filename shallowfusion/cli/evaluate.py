@@ -250,16 +250,20 @@ class _Systems:
 
     def run(self, is_fused: bool, recordings: Sequence[Any], options: DecodingOptions, title: str) -> Any:
         from shallowfusion.evaluation.stored import fingerprint_of, transcribe_set
+        from shallowfusion.trusting import alone_options
 
         own, models = self._arguments, [self._arguments.asr]
         if is_fused:
             models += own.lm
             options = configured(own, self._fused, options)
         else:
-            options = dataclasses.replace(options, rule=None, lm_weight=None, initial_steps=0)
+            options = alone_options(options)
             if own.config is not None:  # what was tuned for the language model is no part of the model alone
                 options = dataclasses.replace(options, length_bonus=0.0, end_threshold=1.5)
-        system = fingerprint_of(models, options, {"device": own.device, "dtype": own.dtype})
+        known = {"device": own.device, "dtype": own.dtype}
+        if is_fused and own.internal_context is not None:
+            known["internal_context"] = str(own.internal_context)
+        system = fingerprint_of(models, options, known)
         decoder = self._fused if is_fused else self._alone
         return transcribe_set(decoder, recordings, options, self._store, system, progress, title)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-CONSTANTS = (0.2, 0.4, 0.6, 0.8, 1.0)  # what the gate has to beat, tuned on the same development set
+WORK = "work"  # encodings, traces and transcripts, by which a killed run goes on
+CONSTANTS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # what the gate has to beat, tuned on the same development set
 
 
 def add_parser(commands: Any) -> None:
@@ -34,16 +34,21 @@ def add_parser(commands: Any) -> None:
         help="train a gate that weighs the language models by what they say",
         description="Train a small network that gives every language model its weight in every row, from entropies, "
         "margins and agreement of the models, on references and on what was heard. The gate with the fewest word "
-        "errors on a development set is kept; use it as --rule \"learned('DIR')\".",
+        "errors on a development set is kept, beginning with the best constant weight; use it as "
+        "--rule \"learned('DIR')\". A killed run goes on where it stopped.",
     )
     parser.add_argument("train", type=Path, metavar="TRAIN", help="training set: a manifest as for evaluate")
     parser.add_argument("--dev", type=Path, required=True, metavar="DEV", help="development set, disjoint from TRAIN")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets gate.safetensors and gate.json")
     add_model_options(parser, is_required=False)
     group = parser.add_argument_group("training")
-    group.add_argument("--largest-weight", type=float, default=1.0, metavar="W", help="of an open gate (default: 1)")
+    group.add_argument("--largest-weight", type=float, default=None, metavar="W",
+        help="of an open gate (default: twice the best constant weight)",
+    )  # fmt: skip
     group.add_argument("--experts", action="store_true", help="several models compete for one strength")
-    group.add_argument("--form", choices=("local", "advantage", "plain"), default="local", help="default: local")
+    group.add_argument("--form", choices=("local", "advantage", "plain"), default="plain",
+        help="plain starts from the best constant weight exactly (default: plain)",
+    )  # fmt: skip
     group.add_argument("--epochs", type=int, default=60, metavar="N", help="default: 60")
     group.add_argument(
         "--weight-cost", type=float, default=0.01, metavar="C", help="on squared weights (default: 0.01)"
@@ -66,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from shallowfusion.evaluation.manifest import check_disjoint, read_manifest
     from shallowfusion.evaluation.normalisation import normaliser
     from shallowfusion.training.gate_data import GateSet
+    from shallowfusion.training.kept import Kept
     from shallowfusion.training.session import EncodedSet
 
     train, dev = ([r for r in read_manifest(p) if not r.is_silence] for p in (arguments.train, arguments.dev))
@@ -78,11 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     normalise = normaliser(arguments.normaliser)
     decoder = load_decoder(arguments)
     options = configured(arguments, decoder, options)
-    with tempfile.TemporaryDirectory() as directory:
-        encoded = EncodedSet(decoder, Path(directory))
-        encoded.make([*train, *dev], progress, options.batch_size)
-        own, held_out = (GateSet(decoder, r, encoded, options, normalise, progress) for r in (train, dev))
-        _train(arguments, decoder, own, held_out, options, training)
+    work = arguments.out / WORK
+    encoded, kept = EncodedSet(decoder, work), Kept(work)
+    encoded.make([*train, *dev], progress, options.batch_size)
+    own, held_out = (GateSet(decoder, r, encoded, options, normalise, progress, kept) for r in (train, dev))
+    _train(arguments, decoder, own, held_out, options, training)
     return 0
 
 
@@ -94,6 +100,7 @@ def _training(arguments: argparse.Namespace) -> GateTraining:
         weight_cost=arguments.weight_cost,
         list_epochs=arguments.list_epochs,
         seed=arguments.seed,
+        form=arguments.form,
     )
 
 
@@ -111,24 +118,45 @@ def _train(
     from shallowfusion.training.teacher_forcing import joined_traces
 
     count = len(decoder.language_models)
-    first = min(0.1, arguments.largest_weight / 2)
-    settings = GateSettings(count, arguments.largest_weight, first, shares_strength=arguments.experts)
+    by_weight = _by_weight(dev, options, count)
+    best = min(by_weight, key=lambda weight: (by_weight[weight], weight))
+    first = best / count
+    largest = 2 * first if arguments.largest_weight is None else arguments.largest_weight
+    require(
+        largest > first,
+        f"--largest-weight must be above the best constant weight, {first:g} of each model, got {largest:g}.",
+    )
+    settings = GateSettings(count, largest, first, shares_strength=arguments.experts)
     traces = train.traces(not arguments.references_only)
     constant, _ = best_constant(joined_traces(traces), count)
-    lists = train.lists(constant, options.beam_size) if training.list_epochs else []
+    lists = train.lists(first, options.beam_size) if training.list_epochs else []
 
     def dev_errors(network: GateNetwork) -> int:
         return dev.errors(with_gate(options, network, decoder.fingerprints, arguments.form), "development set")
 
     outcome = train_gate(traces, settings, training, dev_errors, lists)
-    gate = LearnedGate(settings, outcome.network, decoder.fingerprints, str(arguments.out))
+    gate = LearnedGate(settings, outcome.network, decoder.fingerprints, str(arguments.out), form=arguments.form)
     gate.save(arguments.out)
-    figures = _figures(dev, options, outcome, dev.traces(False), constant)
+    figures = _figures(dev, options, outcome, dev.traces(False), constant) | {
+        "constant": best,
+        "dev_errors_by_constant": {str(weight): errors for weight, errors in by_weight.items()},
+    }
+    figures["dev_errors"]["constant"] = by_weight[best]
     if arguments.json:
         print(json.dumps(figures, indent=1))
         return
     print("\n".join(_lines(figures)))
     print(f"written to {arguments.out}; use --rule \"learned('{arguments.out}')\", or tune --try with it")
+
+
+def _by_weight(dev: GateSet, options: DecodingOptions, count: int) -> dict[float, int]:
+    """Development errors of constant weights, shared out evenly among the models."""
+    from shallowfusion.fusion.catalogue import static
+
+    return {
+        weight: dev.errors(replace(options, rule=static((weight / count,) * count)), f"constant weight {weight:g}")
+        for weight in CONSTANTS
+    }
 
 
 def _figures(
@@ -137,7 +165,6 @@ def _figures(
     """The gate beside the acoustic model alone and the best constant weights, all on the development set."""
     import torch
 
-    from shallowfusion.fusion.catalogue import static
     from shallowfusion.training.gate_training import fused_log_probs
     from shallowfusion.training.teacher_forcing import joined_traces
 
@@ -149,24 +176,15 @@ def _figures(
         name: -float(fused_log_probs(own, held_out).mean())
         for name, own in (("alone", 0 * weights), ("constant", torch.full_like(weights, constant)), ("gate", weights))
     }
-    count = network.settings.num_models
-    by_weight = {
-        weight: dev.errors(replace(options, rule=static((weight / count,) * count)), f"constant weight {weight:g}")
-        for weight in CONSTANTS
-    }
-    best = min(by_weight, key=lambda weight: (by_weight[weight], weight))
     return {
         "loss": losses,
-        "constant": best,
         "constant_of_least_loss": constant,
         "mean_weight": weights.mean(dim=0).tolist(),
         "dev_errors": {
             "alone": dev.errors(replace(options, lm_temperature=1.0, asr_temperature=1.0), "alone", fuses=False),
-            "constant": by_weight[best],
             "gate": min(errors for _, errors in outcome.dev_errors),
         },
         "dev_errors_by_epoch": [list(pair) for pair in outcome.dev_errors],
-        "dev_errors_by_constant": {str(weight): errors for weight, errors in by_weight.items()},
         "train_loss_by_epoch": list(outcome.losses),
     }
 

@@ -22,6 +22,7 @@ __all__ = ["add_parser", "run"]
 
 DECODER, REPORT, DATA = "decoder.json", "report.html", "tuning.json"
 INTERRUPTED = 130  # as shells report it
+FEWEST = 50  # development recordings, for a floor of trust
 
 
 def add_parser(commands: Any) -> None:
@@ -42,6 +43,11 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--trials", type=int, default=16, metavar="N", help="drawn rules (default: 16)")
     group.add_argument("--try", dest="rules", action="append", default=[], metavar="RULE", help="a rule more to try")
     group.add_argument("--no-internal-lm", action="store_true", help="leave internal_lm out of the offline search")
+    group.add_argument(
+        "--trust", type=float, default=None, metavar="SHARE",
+        help="guard the choice by fusion.trusted: the LM is left out where it finds the outcome less likely than all "
+        "but SHARE of DEV, so that one of the wrong domain does no harm; 0.1 is sensible (default: off)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     group.add_argument("--normaliser", choices=NORMALISERS, default="english", help="default: english")
     group.add_argument("--spellings", type=Path, metavar="FILE", help="British spellings for the normaliser english")
@@ -76,6 +82,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     dev = [recording for recording in read_manifest(arguments.dev) if not recording.is_silence]
+    if arguments.trust is not None and len(dev) < FEWEST:
+        print(
+            f"shallowfusion: --trust takes its floor from {len(dev)} recordings; with fewer than {FEWEST} it is chance",
+            file=sys.stderr,
+        )
     require(bool(dev), f"{arguments.dev} holds silent recordings alone, wanted some with references.")
     test = [] if arguments.test is None else [r for r in read_manifest(arguments.test) if not r.is_silence]
     check_disjoint(dev, test)
@@ -99,6 +110,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _context(arguments: argparse.Namespace, dev: TunedSet) -> tuple[str, str] | None:
+    """The internal context that was given, which the chosen rule may need."""
+    from shallowfusion.scorers.fingerprints import tensor_fingerprint
+
+    loaded = dev.decoder.internal_context
+    return None if loaded is None else (str(arguments.internal_context), tensor_fingerprint(loaded))
+
+
 def _settings(arguments: argparse.Namespace) -> Any:
     from shallowfusion.training.families import DEFAULT_FAMILIES
     from shallowfusion.training.tuning import TuningSettings
@@ -112,8 +131,9 @@ def _settings(arguments: argparse.Namespace) -> Any:
     if arguments.families is not None:
         families = tuple(name.strip() for name in arguments.families.split(",") if name.strip())
     return TuningSettings(
-        grid, families, arguments.trials, arguments.seed, tuple(arguments.rules), not arguments.no_internal_lm
-    )
+        grid, families, arguments.trials, arguments.seed, tuple(arguments.rules), not arguments.no_internal_lm,
+        arguments.trust,
+    )  # fmt: skip
 
 
 def _systems(found: Tuning) -> dict[str, Tried]:
@@ -160,7 +180,7 @@ def _write(
         about["test_baseline_errors"] = sum(on_test.baseline.words.errors)
     file = DecoderFile(
         arguments.asr, tuple(arguments.lm), chosen.rule, saved_options(chosen.options, calibration is not None),
-        dev.decoder.fingerprints, calibration, about,
+        dev.decoder.fingerprints, calibration, about, _context(arguments, dev),
     )  # fmt: skip
     file.save(arguments.out / DECODER)
     data = tuning_data(found, dev, on_test)

@@ -25,9 +25,9 @@ h1 { font-size: 1.6rem; margin: 0 0 .35rem; } h2 { font-size: 1.15rem; margin: 2
 p { margin: .4rem 0; max-width: 52rem; } .quiet { color: var(--quiet); }
 code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: .5rem 0; }
-th, td { text-align: left; padding: .32rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--quiet); font-weight: 600; white-space: nowrap; } .item { white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { text-align: left; padding: .32rem .42rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--quiet); font-weight: 600; vertical-align: bottom; } .item { white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 tr.chosen td { background: var(--panel); font-weight: 600; } tr.mark td { background: var(--bad-ground); }
 ins { background: var(--good-ground); color: var(--good); text-decoration: none; border-radius: 3px; padding: 0 .2em; }
 del { background: var(--bad-ground); color: var(--bad); border-radius: 3px; padding: 0 .2em; }

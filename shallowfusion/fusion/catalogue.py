@@ -21,6 +21,7 @@ from shallowfusion.fusion.gates import (
 from shallowfusion.fusion.learned_gate import LearnedGate
 from shallowfusion.fusion.mixtures import Mixture
 from shallowfusion.fusion.rules import EndPolicy, IlmVariant, Rule, as_weights
+from shallowfusion.fusion.trust import Trust
 
 __all__ = [
     "agreement_gate",
@@ -28,6 +29,7 @@ __all__ = [
     "by_class",
     "confidence_gate",
     "delayed",
+    "density_ratio",
     "entropy_gate",
     "evidence_gate",
     "gated",
@@ -35,10 +37,12 @@ __all__ = [
     "inverse_entropy_gate",
     "late_fusion",
     "learned",
+    "lodr",
     "margin_gate",
     "mixture",
     "piecewise",
     "static",
+    "trusted",
     "uadf",
     "uadf_asr_primary",
 ]
@@ -167,9 +171,44 @@ def internal_lm(weight: Weight, ilm_weight: float, variant: IlmVariant = "zero_c
 
     Args:
         variant: "zero_encoder" (encoder output 0), "zero_context" (no cross-attention), "mean_context" (the mean over
-            the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer).
+            the recording's frames), "silence" (the encoder's output for silence), "trained" (a vector per layer),
+            "source_lm" (the last language model that is loaded, see `density_ratio`).
     """
     return Rule("internal_lm", as_weights(weight), ilm_weight=ilm_weight, ilm_variant=variant)
+
+
+def density_ratio(weight: Weight, source_weight: float) -> Rule:
+    """asr + weight * lm - source_weight * source: the domain's text over that of the acoustic model (2002.11268).
+
+    `source` is the last language model that is loaded: one of the acoustic model's training transcripts. As with
+    `internal_lm` nothing is subtracted from the end and special tokens, and its log-prob is kept above -20.
+    """
+    return _over_source("density_ratio", weight, source_weight)
+
+
+def lodr(weight: Weight, source_weight: float) -> Rule:
+    """`density_ratio` with a model of low order as the source: a bigram, `build-ngram --order 2` (2203.16776)."""
+    return _over_source("lodr", weight, source_weight)
+
+
+def _over_source(name: str, weight: Weight, source_weight: float) -> Rule:
+    require(source_weight > 0, f"source_weight must be above 0, got {source_weight!r}; without it the rule is static.")
+    return Rule(name, as_weights(weight), ilm_weight=source_weight, ilm_variant="source_lm")
+
+
+def trusted(rule: Rule, floor: float, memory: float = 0.0) -> Rule:
+    """`rule`, but the acoustic model alone where log P_lm(fused transcript) <= floor * tokens (see `trust.Trust`).
+
+    For language models that may be of the wrong domain. Price: utterances that are given up are decoded twice.
+
+    Args:
+        floor: nats per token, below 0; `trusting.trust_floor` or `shallowfusion tune --trust` has it from recordings
+            that fit.
+        memory: 0 = every utterance for itself; above, up to below 1, the recordings of one call are one session, in
+            which evidence adds up and fades by this factor an utterance.
+    """
+    require(rule.fuses, f"the rule {rule} gives no language model a say, so there is none to trust.")
+    return replace(rule, trust=Trust(floor, memory))
 
 
 def delayed(
@@ -201,12 +240,13 @@ def delayed(
     return Rule("delayed", weights, delay=delay)
 
 
-def learned(path: str | Path, form: Form = "local") -> Rule:
+def learned(path: str | Path, form: Form | None = None) -> Rule:
     """A gate trained by `shallowfusion train-gate`: weight of each LM in each row by a small network (METHODS 11.3).
 
     Args:
         path: directory of the gate; it is refused by other models than it was trained for.
+        form: None = the one it was trained in.
     """
     gate = LearnedGate.load(path)
     weights = (gate.settings.largest_weight,) * gate.settings.num_models
-    return Rule("learned", weights, gate=gate, form=form)
+    return Rule("learned", weights, gate=gate, form=gate.form if form is None else form)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError, ModelError
-from shallowfusion.fusion.gates import StepView, in_acoustic_ids
+from shallowfusion.fusion.gates import FORMS, Form, StepView, in_acoustic_ids
 from shallowfusion.values import RowStatistics
 
 __all__ = ["GateNetwork", "GateSettings", "LearnedGate", "feature_names", "gate_features"]
@@ -148,6 +148,7 @@ class LearnedGate:
     Args:
         fingerprints: of the acoustic model and the language models it was trained for.
         origin, digest: where it was loaded from and which weights these are, for `repr`.
+        form: the one it was trained in (see `gates`).
     """
 
     needs_sums: ClassVar[bool] = False
@@ -157,6 +158,7 @@ class LearnedGate:
     fingerprints: tuple[str, ...] = ()
     origin: str = ""
     digest: str = ""
+    form: Form = "local"
 
     @torch.inference_mode()
     def shares(self, view: StepView) -> Tensor:
@@ -185,7 +187,11 @@ class LearnedGate:
         from safetensors.torch import save_file
 
         record = {"kind": _KIND, "version": _VERSION, "settings": vars(self.settings)}
-        record |= {"features": feature_names(self.settings.num_models), "fingerprints": self.fingerprints}
+        record |= {
+            "form": self.form,
+            "features": feature_names(self.settings.num_models),
+            "fingerprints": self.fingerprints,
+        }
         try:
             directory.mkdir(parents=True, exist_ok=True)
             save_file({name: t.contiguous() for name, t in self.network.state_dict().items()}, directory / WEIGHTS)
@@ -213,6 +219,8 @@ class LearnedGate:
             network = GateNetwork(settings)
             network.load_state_dict(load_file(place / WEIGHTS))
             fingerprints = tuple(str(own) for own in record["fingerprints"])
+            form: Form = record.get("form", "local")
+            require(form in FORMS, f"its form is {form!r}, wanted one of {', '.join(FORMS)}.")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
@@ -220,4 +228,4 @@ class LearnedGate:
                 "shallowfusion train-gate."
             ) from error
         digest = hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest()[:16]
-        return cls(settings, network.eval(), fingerprints, str(directory), digest)
+        return cls(settings, network.eval(), fingerprints, str(directory), digest, form)

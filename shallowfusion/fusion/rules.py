@@ -11,6 +11,7 @@ from shallowfusion.config import require
 from shallowfusion.fusion.delays import Delay
 from shallowfusion.fusion.gates import FORMS, Form, Gate
 from shallowfusion.fusion.mixtures import Mixture
+from shallowfusion.fusion.trust import Trust
 from shallowfusion.values import Normalize
 
 __all__ = ["DEFAULT_END_POLICY", "END_POLICIES", "ILM_VARIANTS", "EndPolicy", "IlmVariant", "Rule"]
@@ -18,8 +19,10 @@ __all__ = ["DEFAULT_END_POLICY", "END_POLICIES", "ILM_VARIANTS", "EndPolicy", "I
 EndPolicy = Literal["end_factored", "neutral", "lm", "asr_only"]
 END_POLICIES: tuple[EndPolicy, ...] = ("end_factored", "neutral", "lm", "asr_only")
 DEFAULT_END_POLICY: EndPolicy = "neutral"  # measured: decision note 4
-IlmVariant = Literal["zero_encoder", "zero_context", "mean_context", "silence", "trained"]
-ILM_VARIANTS: tuple[IlmVariant, ...] = ("zero_encoder", "zero_context", "mean_context", "silence", "trained")
+IlmVariant = Literal["zero_encoder", "zero_context", "mean_context", "silence", "trained", "source_lm"]
+ILM_VARIANTS: tuple[IlmVariant, ...] = (
+    "zero_encoder", "zero_context", "mean_context", "silence", "trained", "source_lm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,8 +47,9 @@ class Rule:
             lm_weights then holds one weight for all. `forgetting` lets them follow the text.
         class_factors: factors of the language models' weights for classes of tokens, by name (see `token_classes`).
         ilm_weight: of the acoustic model's internal language model, which is subtracted; `ilm_variant` says how it is
-            had.
+            had. "source_lm": the last language model that is loaded stands for it and has no weight in lm_weights.
         delay: the first language model is asked late, about hypotheses that survived; the second is its stand-in.
+        trust: utterances in which the language models find the outcome too unlikely are decoded without them.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Rule:
     ilm_weight: float = 0.0
     ilm_variant: IlmVariant = "zero_context"
     delay: Delay | None = None
+    trust: Trust | None = None
 
     def __post_init__(self) -> None:
         for weight in self.lm_weights:
@@ -113,6 +118,10 @@ class Rule:
             f"ilm_variant must be one of {', '.join(ILM_VARIANTS)}, got {self.ilm_variant!r}.",
         )
         require(
+            not (self.subtracts_last and (self.lm_mixture or self.delay)),
+            "a rule that subtracts the last language model weighs the others one by one, without mixture or delay.",
+        )
+        require(
             not (self.ilm_weight and self.mixture), "an internal LM is subtracted from log-probs, not from a mixture."
         )
 
@@ -122,9 +131,14 @@ class Rule:
         return any(self.lm_weights) or self.ilm_weight > 0
 
     @property
+    def subtracts_last(self) -> bool:
+        """Whether the last language model is subtracted in the internal one's place."""
+        return self.ilm_weight > 0 and self.ilm_variant == "source_lm"
+
+    @property
     def is_linear(self) -> bool:
         """Whether totals can be had again from the parts of the tokens alone."""
-        return self.gate is None and self.mixture is None
+        return self.gate is None and self.mixture is None and self.trust is None
 
     def normalize(self, policy: EndPolicy) -> Normalize:
         """What the fused step normalises under an end policy."""
@@ -148,6 +162,13 @@ class Rule:
         Raises:
             InvalidArgumentError: the rule weighs another number of models than are loaded.
         """
+        if self.subtracts_last:
+            require(
+                count == len(self.lm_weights) + 1,
+                f"the rule {self} weighs {len(self.lm_weights)} language model(s) and subtracts one more, the last, "
+                f"but {count} are loaded; load both, the one of the acoustic model's own training text last.",
+            )
+            return self
         if self.lm_mixture:
             require(
                 len(self.lm_mixture) == count,

@@ -14,6 +14,7 @@ from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.parsing import parse_rule
 from shallowfusion.options import DecodingOptions
+from shallowfusion.scorers.fingerprints import tensor_fingerprint
 from shallowfusion.training.calibration import Calibration
 
 __all__ = ["DecoderFile", "saved_options", "with_calibration"]
@@ -36,6 +37,7 @@ class DecoderFile:
         fingerprints: of the acoustic model and each language model.
         calibration: temperatures in force, None = 1 for all.
         chosen_on: what the choice rests on, for people.
+        internal_context: file of train-ilm that internal_lm(variant="trained") stands on, and its fingerprint.
     """
 
     asr: str
@@ -45,6 +47,7 @@ class DecoderFile:
     fingerprints: tuple[str, ...]
     calibration: Calibration | None = None
     chosen_on: Mapping[str, Any] = field(default_factory=dict)
+    internal_context: tuple[str, str] | None = None
 
     def decoding_options(self) -> DecodingOptions:
         """The options of the file with its rule."""
@@ -57,6 +60,15 @@ class DecoderFile:
             f"the decoder file was made for models {', '.join(self.fingerprints)}, but "
             f"{', '.join(decoder.fingerprints)} are loaded; tune again with shallowfusion tune.",
         )
+        if self.internal_context is not None:
+            path, wanted = self.internal_context
+            loaded = decoder.internal_context
+            got = "none" if loaded is None else tensor_fingerprint(loaded)
+            require(
+                got == wanted,
+                f"the decoder file was made with the internal context {wanted} of {path}, but {got} is loaded; "
+                "give it the file of that time, or tune again with shallowfusion tune.",
+            )
 
     def save(self, path: Path) -> None:
         """Write the file; model directories are named from its own directory.
@@ -75,6 +87,9 @@ class DecoderFile:
             "calibration": None if self.calibration is None else self.calibration.as_data(),
             "chosen_on": dict(self.chosen_on),
         }
+        if self.internal_context is not None:
+            name, digits = self.internal_context
+            record["internal_context"] = {"file": _from(name, path), "fingerprint": digits}
         try:
             path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
@@ -93,7 +108,7 @@ class DecoderFile:
                 isinstance(record, dict) and record.get("kind") == _KIND and record.get("version") == _VERSION,
                 f"wanted kind {_KIND!r}, version {_VERSION}",
             )
-            calibration = record["calibration"]
+            calibration, context = record["calibration"], record.get("internal_context")
             found = cls(
                 asr=_towards(record["asr"], path),
                 lm=tuple(_towards(name, path) for name in record["lm"]),
@@ -102,6 +117,7 @@ class DecoderFile:
                 fingerprints=tuple(record["fingerprints"]),
                 calibration=None if calibration is None else Calibration.from_data(calibration),
                 chosen_on=dict(record["chosen_on"]),
+                internal_context=None if context is None else (_towards(context["file"], path), context["fingerprint"]),
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgumentError(

@@ -22,13 +22,18 @@ class Draw(Protocol):
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
 
 
-def drawn_rule(family: str, draw: Draw, num_models: int) -> str:
+def drawn_rule(family: str, draw: Draw, num_models: int, has_context: bool = False) -> str:
     """The text of a rule of a family with drawn numbers.
+
+    Args:
+        has_context: a trained internal context is loaded, so that internal_lm may draw the variant "trained".
 
     Raises:
         InvalidArgumentError: no such family.
     """
     require(family in FAMILIES, f"unknown family {family!r}; known are {', '.join(FAMILIES)}.")
+    if family == "internal_lm":
+        return _internal(family, draw, num_models, has_context)
     return FAMILIES[family](family, draw, num_models)
 
 
@@ -51,9 +56,10 @@ def _piecewise(family: str, draw: Draw, num_models: int) -> str:
     return f"piecewise({_weight(draw, family, num_models)}, {start}, catch_up={catch_up})"
 
 
-def _internal(family: str, draw: Draw, num_models: int) -> str:
+def _internal(family: str, draw: Draw, num_models: int, has_context: bool = False) -> str:
     ilm = _number(draw, "internal_lm_ilm_weight", 0.01, 0.5)
-    variant = draw.suggest_categorical("internal_lm_variant", ["zero_context", "mean_context", "silence"])
+    variants = ["zero_context", "mean_context", "silence", *(["trained"] if has_context else [])]
+    variant = draw.suggest_categorical("internal_lm_variant", variants)
     return f"internal_lm({_weight(draw, family, num_models)}, {ilm}, variant={variant!r})"
 
 
@@ -76,7 +82,7 @@ def _entropy(family: str, draw: Draw, num_models: int) -> str:
 def _evidence(family: str, draw: Draw, num_models: int) -> str:
     ilm = _number(draw, "evidence_gate_ilm_weight", 0.01, 0.5)
     scale = _number(draw, "evidence_gate_scale", 0.1, 2.0, log=True)
-    margin = _number(draw, "evidence_gate_margin", -0.5, 0.5)
+    margin = _number(draw, "evidence_gate_margin", -0.5, 1.5)
     return f"evidence_gate({_weight(draw, family, num_models)}, {ilm}, scale={scale}, margin={margin})"
 
 

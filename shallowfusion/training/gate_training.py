@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shallowfusion.config import require
 from shallowfusion.evaluation.alignment import align
+from shallowfusion.fusion.gates import Form
 from shallowfusion.fusion.learned_gate import GateNetwork, GateSettings
 from shallowfusion.training.teacher_forcing import ForcedText, Trace, joined_traces
 
@@ -23,6 +24,7 @@ __all__ = [
     "corrupted_text",
     "fused_log_probs",
     "mwer_coefficients",
+    "path_total",
     "train_gate",
 ]
 
@@ -42,6 +44,7 @@ class GateTraining:
             it is behind a recogniser's own words.
         check_every: epochs between counts of development errors; `patience` counts without fewer errors end it.
         list_epochs: passes over n-best lists at the end, minimising expected word errors; 0 = none.
+        form: in which the gate will decode: lists are ranked by totals of that form (see `gates`).
     """
 
     epochs: int = 60
@@ -52,6 +55,7 @@ class GateTraining:
     patience: int = 3
     list_epochs: int = 0
     seed: int = 0
+    form: Form = "local"
 
     def __post_init__(self) -> None:
         for name, lowest in (
@@ -112,6 +116,17 @@ def fused_log_probs(weights: Tensor, trace: Trace) -> Tensor:
     return gold - torch.cat([listed, rest[:, None]], dim=1).logsumexp(dim=1)
 
 
+def path_total(weights: Tensor, trace: Trace, form: Form = "local") -> Tensor:
+    """What a search in this form adds to a hypothesis for all its tokens; a number."""
+    if form == "local":
+        return fused_log_probs(weights, trace).sum()
+    models = weights.shape[1]
+    said = trace.gold[:, 1 : 1 + models].clamp_min(_UNLIKELY)
+    if form == "advantage":
+        said = said - torch.stack([own.max_log_prob for own in trace.statistics[1 : 1 + models]], dim=1)
+    return trace.gold[:, 0].clamp_min(_UNLIKELY).sum() + (weights * said).sum()
+
+
 def best_constant(trace: Trace, num_models: int = 1, steps: int = 200) -> tuple[float, float]:
     """The one weight for all language models and tokens with the least loss, and that loss in nats per token.
 
@@ -160,7 +175,7 @@ def train_gate(
     Args:
         traces: of reference texts, and of what was heard with the right tokens.
         dev_errors: counts word errors of a gate by decoding; the gate with the fewest is kept.
-        lists: for the finish, scores being log q summed over a hypothesis.
+        lists: for the finish, scores being `path_total`.
 
     Raises:
         InvalidArgumentError: no traces, or a finish without lists.
@@ -186,7 +201,7 @@ def train_gate(
         watch.restore()
         optimiser = torch.optim.Adam(network.parameters(), lr=training.learning_rate / 10)
         for epoch in range(1, training.list_epochs + 1):
-            _list_epoch(network, lists, optimiser)
+            _list_epoch(network, lists, optimiser, training.form)
             watch.count(len(losses) + epoch)
     watch.restore()
     return GateOutcome(network.eval(), tuple(losses), tuple(watch.counts))
@@ -251,14 +266,16 @@ def _epoch(
     return total / len(data)
 
 
-def _list_epoch(network: GateNetwork, lists: Sequence[TracedList], optimiser: torch.optim.Optimizer) -> None:
+def _list_epoch(
+    network: GateNetwork, lists: Sequence[TracedList], optimiser: torch.optim.Optimizer, form: Form
+) -> None:
     """One pass over the lists with the closed-form gradient of the expected word errors."""
     network.train()
     for own in lists:
         scores = []
         for trace in own.traces:
             weights = network.settings.largest_weight * network(trace.features)
-            scores.append(fused_log_probs(weights, trace).sum())
+            scores.append(path_total(weights, trace, form))
         stacked = torch.stack(scores)
         errors = torch.tensor(own.errors, dtype=stacked.dtype)
         optimiser.zero_grad()

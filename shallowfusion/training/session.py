@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shallowfusion.audio.reading import read_audio
 from shallowfusion.config import require
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
@@ -21,6 +22,7 @@ from shallowfusion.evaluation.nbest import NBestList, list_of
 from shallowfusion.evaluation.stored import HypothesisStore
 from shallowfusion.evaluation.word_errors import WordErrors, word_errors
 from shallowfusion.options import DecodingOptions
+from shallowfusion.scorers.fingerprints import tensor_fingerprint
 
 __all__ = ["EncodedSet", "Progress", "TunedSet"]
 
@@ -54,8 +56,10 @@ class EncodedSet:
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
         for batch in progress(batches, "encoding"):
             encoded = self._decoder.encode([recording.audio for recording in batch])
+            rate = self._decoder.acoustic.features.sampling_rate
             for recording, output in zip(batch, encoded, strict=True):
-                self._write(self._path(recording), output)
+                seconds = len(read_audio(recording.audio, rate)) / rate
+                self._write(self._path(recording), output, seconds)
 
     def read(self, recordings: Sequence[Recording]) -> Tensor:
         """[recordings, frames, size] of recordings that were made."""
@@ -63,18 +67,28 @@ class EncodedSet:
 
         return torch.stack([load_file(self._path(recording))["encoded"] for recording in recordings])
 
-    def _write(self, path: Path, output: Tensor) -> None:
+    def seconds(self, recordings: Sequence[Recording]) -> list[float]:
+        """Length of each recording that was made."""
+        from safetensors.torch import load_file
+
+        return [float(load_file(self._path(recording))["seconds"]) for recording in recordings]
+
+    def names(self, recordings: Sequence[Recording]) -> list[str]:
+        """What tells one recording's encoder output from another's."""
+        return [self._path(recording).stem for recording in recordings]
+
+    def _write(self, path: Path, output: Tensor, seconds: float) -> None:
         """Under another name first, so that a cut file is never taken for a whole one."""
         from safetensors.torch import save_file
 
         half = path.with_suffix(".part")
-        save_file({"encoded": output.cpu().contiguous()}, half)
+        save_file({"encoded": output.cpu().contiguous(), "seconds": torch.tensor(seconds, dtype=torch.float64)}, half)
         half.replace(path)
 
     def _path(self, recording: Recording) -> Path:
         require(recording.audio.is_file(), f"{recording.audio} does not exist.")
         status = recording.audio.stat()
-        parts = [self._decoder.fingerprints[0], str(self._decoder.acoustic.scorer.model.dtype)]
+        parts = ["with seconds", self._decoder.fingerprints[0], str(self._decoder.acoustic.scorer.model.dtype)]
         parts += [str(recording.audio.resolve()), str(status.st_size), str(status.st_mtime_ns)]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
         return self._directory / f"{digest}.safetensors"
@@ -112,7 +126,7 @@ class TunedSet:
         todo = [recording for recording in self.recordings if done[recording.id] is None]
         batches = [todo[start : start + options.batch_size] for start in range(0, len(todo), options.batch_size)]
         for batch in self.progress(batches, title):
-            results = decoder.decode(self.encoded.read(batch), options)
+            results = decoder.decode(self.encoded.read(batch), options, seconds=self.encoded.seconds(batch))
             for recording, result in zip(batch, results, strict=True):
                 found = list_of(result, recording.id)
                 self.store.add(system, recording, found)
@@ -132,5 +146,8 @@ class TunedSet:
         """Which models and options made a stored list, independent of where they lie on disk and of the batch."""
         prints = self.decoder.fingerprints if fuses else self.decoder.fingerprints[:1]
         dtype = str(self.decoder.acoustic.scorer.model.dtype)
-        parts = [repr(replace(options, batch_size=1)), *prints, dtype]
+        parts = ["with seconds", repr(replace(options, batch_size=1)), *prints, dtype]
+        context = self.decoder.internal_context
+        if options.rule is not None and options.rule.ilm_variant == "trained" and context is not None:
+            parts.append(tensor_fingerprint(context))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

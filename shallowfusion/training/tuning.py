@@ -13,10 +13,12 @@ from shallowfusion.evaluation.nbest import NBestList
 from shallowfusion.evaluation.significance import holm, sign_flip_test
 from shallowfusion.evaluation.word_errors import WordErrors
 from shallowfusion.fusion.parsing import parse_rule
+from shallowfusion.fusion.trust import floor_of, likelihood
 from shallowfusion.options import DecodingOptions
 from shallowfusion.training.families import DEFAULT_FAMILIES, drawn_rule
 from shallowfusion.training.offline import INTERNAL, LENGTH, OfflineChoice, OfflineSearch, pooled
 from shallowfusion.training.session import TunedSet
+from shallowfusion.trusting import alone_options
 
 __all__ = ["Tried", "Tuning", "TuningSettings", "tune"]
 
@@ -34,6 +36,8 @@ class TuningSettings:
         seed: of the draws.
         rules: further rules, as text, decoded as they are.
         with_internal_lm: search internal_lm offline too; two more decodings.
+        trust: the chosen rule is guarded by `fusion.trusted` with the floor that this share of the development
+            transcripts is below; None = it is left as it is.
     """
 
     grid: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -42,6 +46,7 @@ class TuningSettings:
     seed: int = 0
     rules: tuple[str, ...] = ()
     with_internal_lm: bool = True
+    trust: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -49,6 +54,7 @@ class TuningSettings:
             f"grid must hold at least two different weights above 0, got {self.grid}; the baseline is weight 0.",
         )
         require(self.num_trials >= 0, f"num_trials must be at least 0, got {self.num_trials}.")
+        require(self.trust is None or 0 <= self.trust < 1, f"trust must be at least 0 and below 1, got {self.trust!r}.")
         require(bool(self.families) or self.num_trials == 0, "families must name at least one rule to draw.")
         for family in self.families:
             drawn_rule(family, _Lowest(), 1)
@@ -63,7 +69,7 @@ class Tried:
     Args:
         rule: as text.
         options: with the rule.
-        origin: "grid", "offline", "drawn" or "given".
+        origin: "grid", "offline", "drawn", "given" or "trusted".
         predicted: word errors the offline search expected, if it chose the rule.
         p_value: sign-flip test against the acoustic model alone, two-sided; `p_corrected` after Holm's correction for
             everything tried.
@@ -91,7 +97,7 @@ class Tuning:
         baseline: the acoustic model alone.
         tried: in the order of decoding.
         curves: exact errors of the pooled lists by the weight of each language model, by its part's name.
-        chosen: the fewest errors; among equals the first, that is the simplest.
+        chosen: the fewest errors; among equals the first, that is the simplest. With trust, that rule with its floor.
     """
 
     baseline: Tried
@@ -117,14 +123,9 @@ def tune(dev: TunedSet, base: DecodingOptions, settings: TuningSettings) -> Tuni
         base: options without a rule; n_best is set to beam_size.
 
     Raises:
-        InvalidArgumentError: no language model is loaded, or options that need the length of the recordings.
+        InvalidArgumentError: no language model is loaded.
     """
     names = dev.decoder.source_names[1:]
-    require(
-        base.coverage_weight == 0 and base.min_attention_centre is None,
-        "tune decodes stored encoder output, which does not say where a recording ends, so coverage_weight and "
-        "min_attention_centre cannot be given; add them to the decoder file afterwards.",
-    )
     require(bool(names), "tune weighs language models, and none is loaded; give one with --lm.")
     base = replace(base, n_best=base.beam_size, rule=None, lm_weight=None, initial_steps=0)
     work = _Work(dev, base, names)
@@ -140,11 +141,13 @@ def tune(dev: TunedSet, base: DecodingOptions, settings: TuningSettings) -> Tuni
     for rule in settings.rules:
         work.decode(rule, base, "given")
     _draw(work, settings)
+    guarded = None if settings.trust is None else work.trust(settings.trust)
     tried = _tested(baseline, list(work.tried.values()))
     from shallowfusion.evaluation.nbest import oracle_errors
 
     oracle = sum(oracle_errors(lists, dev.normalise).errors)
-    return Tuning(baseline, tuple(tried), curves, oracle, min(tried, key=lambda own: own.num_errors))
+    chosen = min((own for own in tried if guarded in (None, own.rule)), key=lambda own: own.num_errors)
+    return Tuning(baseline, tuple(tried), curves, oracle, chosen)
 
 
 def static_text(weights: Sequence[float]) -> str:
@@ -164,7 +167,7 @@ class _Work:
     lists: dict[str, Mapping[str, NBestList]] = field(default_factory=dict)
 
     def alone(self) -> Tried:
-        plain = replace(self.base, asr_temperature=1.0, lm_temperature=1.0)
+        plain = alone_options(self.base)
         found = self.dev.decode(plain, "acoustic model alone", fuses=False)
         return self._tried("", plain, "baseline", found, None)
 
@@ -197,6 +200,19 @@ class _Work:
             found.append(self._rule_of(internal.search([plain.weights, first], [INTERNAL, LENGTH])))
         return found
 
+    def trust(self, share: float) -> str:
+        """The text of the best rule so far, guarded by a floor; finding that needs no model of another domain."""
+        plain = [own for own in self.tried.values() if own.options.rule and own.options.rule.trust is None]
+        best = min(plain, key=lambda own: own.num_errors)
+        assert best.options.rule is not None
+        names = [name for name in self.dev.decoder.names_under(best.options.rule)[1:] if name != "ilm"]
+        firsts = [own.first for own in self.dev.decode(best.options, best.rule).values()]
+        weights = best.options.rule.lm_weights
+        floor = floor_of(
+            [likelihood(own.parts, names, weights) for own in firsts], [own.num_tokens or 1 for own in firsts], share
+        )
+        return self.decode(f"trusted({best.rule}, {floor:.4g})", best.options, "trusted").rule
+
     def _rule_of(self, choice: OfflineChoice) -> tuple[str, DecodingOptions, int]:
         weights = [choice.weights[name] for name in self.names]
         bonus = round(choice.weights.get(LENGTH, 0.0), 3)
@@ -227,7 +243,7 @@ def _draw(work: _Work, settings: TuningSettings) -> None:
     for _ in range(settings.num_trials):
         trial = study.ask()
         family = trial.suggest_categorical("family", list(settings.families))
-        rule = drawn_rule(family, trial, len(work.names))
+        rule = drawn_rule(family, trial, len(work.names), work.dev.decoder.internal_context is not None)
         threshold = trial.suggest_categorical("end_threshold", list(END_THRESHOLDS))
         found = work.decode(rule, replace(work.base, end_threshold=threshold), "drawn")
         study.tell(trial, found.num_errors)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shallowfusion import fusion
 from shallowfusion.cli.main import main
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.demo.shipped import HERE, read_manifest
@@ -72,6 +73,21 @@ def test_a_weight_is_chosen_on_the_development_set(capsys, tmp_path: Path) -> No
     assert out.startswith("weights were tried on the test set itself")
     assert out.count("after Holm's correction") == 2
     assert "fused 0 against baseline: +0.00 points" in out  # weight 0 is the baseline
+
+
+def test_the_baseline_is_the_plain_decoder_whatever_serves_the_fusion(capsys, tmp_path: Path) -> None:
+    own = manifest(tmp_path / "test.jsonl", 2, 16)
+    code, out, _ = run(
+        capsys, "evaluate", own, "--asr", ASR, "--lm", MEDICAL, "--rule", "entropy_gate(0.8)", "--asr-temperature", 3,
+        *FAST, "--json",
+    )  # fmt: skip
+    assert code == 0
+    baseline, fused = json.loads(out)["systems"]
+    paths = [CLIPS[2].path, CLIPS[16].path]
+    alone = decoder(with_lm=False).transcribe(paths, beam_size=2)
+    assert list(baseline["texts"].values()) == [result.text for result in alone]
+    together = decoder().transcribe(paths, beam_size=2, rule=fusion.entropy_gate(0.8), asr_temperature=3.0)
+    assert list(fused["texts"].values()) == [result.text for result in together]
 
 
 def test_failing_files_are_listed_and_the_others_evaluated(capsys, tmp_path: Path) -> None:

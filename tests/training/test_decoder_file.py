@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from shallowfusion import DecodingOptions, fusion
+from shallowfusion import DecodingOptions, FusionDecoder, fusion
 from shallowfusion.cli.configuration import apply_configuration
 from shallowfusion.cli.main import main
 from shallowfusion.cli.transcribe import options_from
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.scorers.fingerprints import tensor_fingerprint
 from shallowfusion.training.decoder_file import DecoderFile, saved_options
+from tests.shipped import decoder
 
 OPTIONS = [
     DecodingOptions(),
@@ -88,3 +92,25 @@ def test_an_option_the_command_line_lacks_is_named(tmp_path: Path, capsys) -> No
     file(DecodingOptions(coverage="gnmt")).save(tmp_path / "d.json")
     assert main(["transcribe", "x.wav", "--config", str(tmp_path / "d.json")]) == 2
     assert "sets coverage, which the command line has no option for" in capsys.readouterr().err
+
+
+def test_the_trained_context_is_named_with_its_fingerprint_and_another_is_refused(tmp_path: Path) -> None:
+    size = decoder().acoustic.scorer.model.config.d_model
+    right, wrong = torch.ones((1, size)), torch.zeros((1, size))
+    (tmp_path / "context.safetensors").write_bytes(b"")
+    own = replace(
+        file(DecodingOptions(), "internal_lm(0.8, 0.2, 'trained')"),
+        fingerprints=decoder().fingerprints,
+        internal_context=(str(tmp_path / "context.safetensors"), tensor_fingerprint(right)),
+    )
+    own.save(tmp_path / "d.json")
+    assert json.loads((tmp_path / "d.json").read_text())["internal_context"]["file"] == "context.safetensors"
+    found = DecoderFile.load(tmp_path / "d.json")
+    arguments = argparse.Namespace(config=tmp_path / "d.json", keep_blank=False, hotword=None)
+    apply_configuration(arguments)
+    assert Path(arguments.internal_context).samefile(tmp_path / "context.safetensors")
+    models = decoder().language_models
+    found.check(FusionDecoder(decoder().acoustic, models, right))
+    for context in (wrong, None):
+        with pytest.raises(InvalidArgumentError, match="was made with the internal context"):
+            found.check(FusionDecoder(decoder().acoustic, models, context))

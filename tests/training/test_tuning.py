@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from shallowfusion import DecodingOptions, FusionDecoder
 from shallowfusion.errors import InvalidArgumentError, ShallowFusionError
@@ -141,6 +142,7 @@ def test_every_family_draws_rules_that_parse(family: str, num_models: int) -> No
         ({"families": ("magic",)}, "unknown family 'magic'"),
         ({"families": ()}, "at least one rule"),
         ({"rules": ("magic(1)",)}, "unknown rule"),
+        ({"trust": 1.0}, "trust must be"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict, words: str) -> None:
@@ -159,3 +161,53 @@ def test_without_language_model_or_recording_nothing_is_tuned(tmp_path: Path) ->
     (tmp_path / "broken.jsonl").write_text('{"audio": "nowhere.wav", "text": "x"}\n')
     with pytest.raises(ShallowFusionError, match=r"nowhere\.wav does not exist"):
         encoded.make(read_manifest(tmp_path / "broken.jsonl"), Counted(), 8)
+
+
+def test_coverage_reaches_the_decoder_with_the_length_of_each_recording(tmp_path: Path) -> None:
+    recordings = read_manifest(manifest(tmp_path / "dev.jsonl", 1, 5))
+    encoded = EncodedSet(decoder(), tmp_path / "encoded")
+    encoded.make(recordings, Counted(), 8)
+    options = DecodingOptions(
+        beam_size=3, n_best=3, rule=parse_rule("static(0.8)"), coverage_weight=0.5, min_attention_centre=0.3
+    )
+    with HypothesisStore(None) as store:
+        dev = TunedSet(decoder(), tuple(recordings), encoded, store, normaliser("basic"), Counted())
+        lists = dev.decode(options, "")
+    assert encoded.seconds(recordings) == [
+        pytest.approx(result.duration) for result in decoder().transcribe([r.audio for r in recordings], options)
+    ]
+    plain = decoder().transcribe([r.audio for r in recordings], options)
+    assert dev.texts(lists) == [result.text for result in plain]
+
+
+def test_the_choice_is_guarded_by_the_floor_of_its_own_transcripts(tmp_path: Path) -> None:
+    recordings = read_manifest(manifest(tmp_path / "dev.jsonl", 1, 5, 9))
+    encoded = EncodedSet(decoder(), tmp_path / "encoded")
+    encoded.make(recordings, Counted(), 8)
+    settings = TuningSettings(grid=(0.3, 0.8), num_trials=0, with_internal_lm=False, trust=0.5)
+    with HypothesisStore(None) as store:
+        dev = TunedSet(decoder(), tuple(recordings), encoded, store, normaliser("basic"), Counted())
+        found = tune(dev, BASE, settings)
+        untrusted = min((own for own in found.tried if own.origin != "trusted"), key=lambda own: own.num_errors)
+        lists = dev.decode(untrusted.options, untrusted.rule)
+    assert found.chosen.origin == "trusted"
+    trust = found.chosen.options.rule.trust
+    means = sorted(own.first.parts["lm"] / own.first.num_tokens for own in lists.values())
+    assert trust.floor == pytest.approx(means[1], rel=1e-3)  # the middle one
+    pairs = zip(found.chosen.texts, untrusted.texts, found.baseline.texts, strict=True)
+    assert all(own in (fused, alone) for own, fused, alone in pairs)
+    assert sum(own == fused for own, fused in zip(found.chosen.texts, untrusted.texts, strict=True)) >= 1
+
+
+def test_a_trained_context_is_drawn_where_one_is_loaded_and_tells_lists_apart(tmp_path: Path) -> None:
+    assert "variant='silence'" in drawn_rule("internal_lm", Middle(), 1)
+    assert "variant='trained'" in drawn_rule("internal_lm", Middle(), 1, True)
+    size = decoder().acoustic.scorer.model.config.d_model
+    options = DecodingOptions(rule=parse_rule("internal_lm(0.8, 0.2, 'trained')"))
+    systems = set()
+    for value in (0.0, 1.0):
+        own = FusionDecoder(decoder().acoustic, decoder().language_models, torch.full((1, size), value))
+        encoded = EncodedSet(own, tmp_path / "encoded")
+        with HypothesisStore(None) as store:
+            systems.add(TunedSet(own, (), encoded, store, normaliser("basic"), Counted())._system(options, True))
+    assert len(systems) == 2
