@@ -178,6 +178,8 @@ class CtcOptions:
             label), as in pyctcdecode.
         history_words: of paths that agree in that many last words, in the word being spelled and in their ending, only
             the best stays; 0 = off.
+        merge_texts: whether paths of different labels but equal text and ending become one after each frame; False
+            keeps them apart until the end.
 
     Raises:
         InvalidArgumentError: a value outside its range.
@@ -196,6 +198,7 @@ class CtcOptions:
     blank_skip: float | None = None
     places: Places = "prefixes"
     history_words: int = 0
+    merge_texts: bool = True
 
     def __post_init__(self) -> None:
         integer("beam_size", self.beam_size, 1, MAX_BEAM)
@@ -204,6 +207,7 @@ class CtcOptions:
             integer("top_labels", self.top_labels, 1, MAX_BEAM)
         require(self.merge in ("logsumexp", "max"), f"merge must be 'logsumexp' or 'max', got {self.merge!r}.")
         require(self.places in ("prefixes", "paths"), f"places must be 'prefixes' or 'paths', got {self.places!r}.")
+        require(isinstance(self.merge_texts, bool), f"merge_texts must be True or False, got {self.merge_texts!r}.")
         for name in ("lm_weight", "word_bonus", "length_bonus", "hotword_weight"):
             value = getattr(self, name)
             require(_is_number(value) and math.isfinite(value), f"{name} must be a finite number, got {value!r}.")

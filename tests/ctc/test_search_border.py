@@ -53,8 +53,8 @@ def spoiled(kind: str) -> np.ndarray:
         ("empty", "utterance 1 .* no frames"),
     ],
 )
-def test_a_bad_utterance_fails_alone(search_class: type, kind: str, words: str) -> None:
-    search = search_class(LETTERS)
+def test_a_bad_utterance_fails_alone(any_search_class: type, kind: str, words: str) -> None:
+    search = any_search_class(LETTERS)
     results = searched(search, spoiled(kind), 4, [8, 0 if kind == "empty" else 8, 8])
     assert isinstance(results[1].error, AcousticScoresError)
     with pytest.raises(AcousticScoresError, match=words):
@@ -64,8 +64,8 @@ def test_a_bad_utterance_fails_alone(search_class: type, kind: str, words: str) 
         assert_same(results[number], searched(search, random_log_probs(0, (3, 8, 6))[number][None], 4)[0])
 
 
-def test_a_failed_utterance_stays_failed_while_others_go_on(search_class: type) -> None:
-    search = search_class(LETTERS)
+def test_a_failed_utterance_stays_failed_while_others_go_on(any_search_class: type) -> None:
+    search = any_search_class(LETTERS)
     state = search.begin(3)
     search.step(state, spoiled("nan"))
     search.step(state, random_log_probs(1, (3, 4, 6)))
@@ -91,8 +91,8 @@ BAD_ARRAYS: list[Any] = [
 
 
 @pytest.mark.parametrize("bad", BAD_ARRAYS, ids=lambda bad: f"{type(bad).__name__}{getattr(bad, 'shape', '')}")
-def test_bad_arrays_are_refused_and_change_nothing(search_class: type, bad: Any) -> None:
-    search = search_class(LETTERS)
+def test_bad_arrays_are_refused_and_change_nothing(any_search_class: type, bad: Any) -> None:
+    search = any_search_class(LETTERS)
     state = search.begin(2)
     with pytest.raises(InvalidArgumentError, match="log_probs"):
         search.step(state, bad)
@@ -100,8 +100,8 @@ def test_bad_arrays_are_refused_and_change_nothing(search_class: type, bad: Any)
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 4], [-1, 3], [3, 2.5], "33", [[3, 3]], [3, 2**70]])
-def test_bad_lengths_are_refused(search_class: type, lengths: Any) -> None:
-    search = search_class(LETTERS)
+def test_bad_lengths_are_refused(any_search_class: type, lengths: Any) -> None:
+    search = any_search_class(LETTERS)
     state = search.begin(2)
     with pytest.raises(InvalidArgumentError, match="lengths"):
         search.step(state, np.full((2, 3, 6), -2.0), lengths)
@@ -142,8 +142,8 @@ def test_options_of_words_need_words(search_class: type) -> None:
             search_class(LETTERS, options)
 
 
-def test_bad_counts_are_refused(search_class: type) -> None:
-    search = search_class(LETTERS)
+def test_bad_counts_are_refused(any_search_class: type) -> None:
+    search = any_search_class(LETTERS)
     for bad in (-1, 1.5, None, 10**9):
         with pytest.raises(InvalidArgumentError):
             search.begin(bad)
@@ -171,9 +171,9 @@ def layouts(log_probs: np.ndarray) -> dict[str, Any]:
     }
 
 
-def test_any_layout_is_understood(search_class: type) -> None:
+def test_any_layout_is_understood(any_search_class: type) -> None:
     log_probs = random_log_probs(5, (2, 7, 6))
-    search = search_class(WORDS)
+    search = any_search_class(WORDS)
     expected = searched(search, log_probs, 3)
     for layout in layouts(log_probs).values():
         for one, other in zip(searched(search, layout, 3), expected, strict=True):
@@ -181,11 +181,11 @@ def test_any_layout_is_understood(search_class: type) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, torch.float16, torch.bfloat16])
-def test_half_scores_equal_their_float32_values(search_class: type, dtype: Any) -> None:
+def test_half_scores_equal_their_float32_values(any_search_class: type, dtype: Any) -> None:
     log_probs = random_log_probs(6, (2, 7, 6))
     half = torch.from_numpy(log_probs).to(dtype) if isinstance(dtype, torch.dtype) else log_probs.astype(dtype)
     full = half.float().numpy() if isinstance(half, torch.Tensor) else half.astype(np.float32)
-    search = search_class(WORDS)
+    search = any_search_class(WORDS)
     for one, other in zip(searched(search, half, 3), searched(search, full, 3), strict=True):
         assert_same(one, other)
 
@@ -235,10 +235,10 @@ def test_long_recordings_forget_what_they_no_longer_need() -> None:
     assert (times[1:, 0] >= times[:-1, 1]).all()
 
 
-def test_very_unlikely_frames_do_not_underflow(search_class: type) -> None:
+def test_very_unlikely_frames_do_not_underflow(any_search_class: type) -> None:
     log_probs = np.full((1, 300, 6), -60.0, np.float32)
     log_probs[:, :, 0] = -50.0
-    result = searched(search_class(LETTERS, CtcOptions(beam_size=3)), log_probs)[0]
+    result = searched(any_search_class(LETTERS, CtcOptions(beam_size=3)), log_probs)[0]
     assert result.best.text == ""
     assert result.best.total == pytest.approx(-50.0 * 300, rel=1e-6)
 
