@@ -110,23 +110,11 @@ class DeviceCtcSearch:
         check_settings(alphabet, self.options, language)
         obstacle = device_obstacle(alphabet, self.options, language)
         require(obstacle is None, f"the device search cannot do this: {obstacle}")
-        chosen = self.options
         if language is not None and table is None:
             table = DeviceNgramTable(language.table, self.device)
         self.table = table
-        self.rules = DeviceRules(
-            beam_size=chosen.beam_size,
-            num_labels=len(alphabet.labels),
-            delimiter=-1 if alphabet.delimiter is None else alphabet.delimiter,
-            top_labels=chosen.top_labels,
-            margin=float("inf") if chosen.beam_margin is None else float(chosen.beam_margin),
-            use_max=chosen.merge == "max",
-            length_bonus=chosen.length_bonus,
-            device=self.device,
-            table=table,
-            lm_weight=chosen.lm_weight,
-            label_words=label_words(alphabet, language),
-        )
+        words = label_words(alphabet, language)
+        self.rules = DeviceRules(alphabet, self.options, self.device, table, words)
         self._graphs: dict[int, CapturedFrame] = {}
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DeviceCtcState:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
 from shallowfusion.ngrams.device_table import DeviceNgramTable
 
 __all__ = ["Beam", "DeviceRules", "Frame", "Trail", "advance", "fresh_beam"]
@@ -84,21 +85,26 @@ class DeviceRules:
     about beam_size * (4 + log(beam_size)) of beam_size * labels remain, and no result changes.
 
     Args:
-        delimiter: -1 = none.
-        margin: nats, inf = none.
-        label_words: word of each label in the `table`.
+        device: where the tensors are.
+        table: an n-gram model of labels, `label_words` its word for each label; None = none.
     """
 
     def __init__(
-        self, beam_size: int, num_labels: int, delimiter: int, top_labels: int | None, margin: float, use_max: bool,
-        length_bonus: float, device: torch.device, table: DeviceNgramTable | None = None, lm_weight: float = 0.0,
+        self,
+        alphabet: CtcAlphabet,
+        options: CtcOptions,
+        device: torch.device,
+        table: DeviceNgramTable | None = None,
         label_words: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        self.beam_size, self.delimiter, self.margin = beam_size, delimiter, margin
-        self.length_bonus, self.lm_weight, self.table = length_bonus, lm_weight, table
-        self.device, self.use_max = device, use_max
-        self.add: Callable[[Tensor, Tensor], Tensor] = torch.maximum if use_max else torch.logaddexp
-        exceptions = 2 if delimiter < 0 else 3
+    ) -> None:
+        num_labels, beam_size, top_labels = len(alphabet.labels), options.beam_size, options.top_labels
+        self.beam_size = beam_size
+        self.delimiter = -1 if alphabet.delimiter is None else alphabet.delimiter
+        self.margin = math.inf if options.beam_margin is None else float(options.beam_margin)
+        self.length_bonus, self.lm_weight, self.table = options.length_bonus, options.lm_weight, table
+        self.device, self.use_max = device, options.merge == "max"
+        self.add: Callable[[Tensor, Tensor], Tensor] = torch.maximum if self.use_max else torch.logaddexp
+        exceptions = 2 if self.delimiter < 0 else 3
         top = num_labels if top_labels is None else min(top_labels, num_labels)
         self.looked_at = top if table is not None else min(top, beam_size + exceptions)
         pairs = [(i, -1) for i in range(beam_size)]

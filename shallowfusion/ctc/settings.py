@@ -18,6 +18,7 @@ __all__ = ["CtcAlphabet", "CtcLanguage", "CtcOptions", "Piece"]
 
 Merge = Literal["logsumexp", "max"]
 Places = Literal["prefixes", "paths"]
+Backend = Literal["auto", "native", "device"]
 MAX_BEAM = 1_000_000
 WORD_START = "▁"  # sentencepiece's mark of a word's first piece
 
@@ -180,6 +181,9 @@ class CtcOptions:
             the best stays; 0 = off.
         merge_texts: whether paths of different labels but equal text and ending become one after each frame; False
             keeps them apart until the end.
+        backend: the search that `CTCDecoder.decode` uses: "native" (C++, CPU), "device" (torch, where the scores are;
+            no words in it, see `DeviceCtcSearch`) or "auto": on the device for tensors that are on one, if it can
+            search what is asked.
 
     Raises:
         InvalidArgumentError: a value outside its range.
@@ -199,6 +203,7 @@ class CtcOptions:
     places: Places = "prefixes"
     history_words: int = 0
     merge_texts: bool = True
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         integer("beam_size", self.beam_size, 1, MAX_BEAM)
@@ -207,6 +212,10 @@ class CtcOptions:
             integer("top_labels", self.top_labels, 1, MAX_BEAM)
         require(self.merge in ("logsumexp", "max"), f"merge must be 'logsumexp' or 'max', got {self.merge!r}.")
         require(self.places in ("prefixes", "paths"), f"places must be 'prefixes' or 'paths', got {self.places!r}.")
+        require(
+            self.backend in ("auto", "native", "device"),
+            f"backend must be 'auto', 'native' or 'device', got {self.backend!r}.",
+        )
         require(isinstance(self.merge_texts, bool), f"merge_texts must be True or False, got {self.merge_texts!r}.")
         for name in ("lm_weight", "word_bonus", "length_bonus", "hotword_weight"):
             value = getattr(self, name)

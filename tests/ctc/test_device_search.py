@@ -169,8 +169,9 @@ def test_runs_of_blank_frames_become_one_frame() -> None:
 
 def test_no_pair_that_could_matter_is_left_out() -> None:
     """Wide beams are compared with rules that look at every pair."""
-    for beam_size, delimiter in ((1, -1), (7, -1), (7, 1), (64, 1)):
-        rules = DeviceRules(beam_size, 97, delimiter, None, math.inf, False, 0.0, torch.device("cpu"))
+    for beam_size, delimiter in ((1, None), (7, None), (7, 1), (64, 1)):
+        labels = CtcAlphabet(tuple("a" * 97), delimiter=delimiter)
+        rules = DeviceRules(labels, CtcOptions(beam_size=beam_size), torch.device("cpu"))
         assert rules.looked_at <= beam_size + 3
         assert len(rules.order) <= beam_size * (5 + math.log(beam_size)) + 1
     log_probs = random_log_probs(11, (2, 30, 97), 1.0)
