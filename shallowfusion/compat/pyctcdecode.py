@@ -3,8 +3,7 @@
     from shallowfusion.compat.pyctcdecode import build_ctcdecoder
 
 Texts and scores are those of pyctcdecode 0.5, its pruning included. Differences: language models are ARPA files (plain
-or .gz), not KenLM binaries; every word of the ARPA file is known, also one without a back-off; word times are those of
-the best alignment; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an error.
+or .gz), not KenLM binaries; every word of the ARPA file is known, also one without a back-off; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an error.
 """
 
 from __future__ import annotations
@@ -249,6 +248,7 @@ class BeamSearchDecoderCTC:
             token_min_log_prob=token_min_logp,
             beam_margin=-beam_prune_logp,
             places="paths",
+            times="last",
             history_words=max(1, order - 1) if prune_history else 0,
         )
 

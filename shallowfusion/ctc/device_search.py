@@ -61,6 +61,8 @@ def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLan
         return f"word_bonus={options.word_bonus} needs words; use length_bonus {native}"
     if options.places != "prefixes":
         return f"places={options.places!r} is not searched there; use places='prefixes' {native}"
+    if options.times != "best":
+        return f"times={options.times!r} is not kept there; use times='best' {native}"
     if options.history_words > 0:
         return f"history_words={options.history_words} needs words; use 0 {native}"
     if options.beam_size > LARGEST_BEAM:

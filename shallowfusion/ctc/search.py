@@ -253,6 +253,7 @@ def _rules(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | N
     rules.rank_paths = options.places == "paths"
     rules.history_words = options.history_words
     rules.merge_texts = merges_texts(alphabet, options, language)
+    rules.last_times = options.times == "last"
     return rules
 
 

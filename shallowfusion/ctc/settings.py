@@ -18,6 +18,7 @@ __all__ = ["CtcAlphabet", "CtcLanguage", "CtcOptions", "Piece"]
 
 Merge = Literal["logsumexp", "max"]
 Places = Literal["prefixes", "paths"]
+Times = Literal["best", "last"]
 Backend = Literal["auto", "native", "device"]
 MAX_BEAM = 1_000_000
 WORD_START = "▁"  # sentencepiece's mark of a word's first piece
@@ -181,6 +182,8 @@ class CtcOptions:
             the best stays; 0 = off.
         merge_texts: whether paths of different labels but equal text and ending become one after each frame; False
             keeps them apart until the end.
+        times: of labels and words: "best": of the best alignment; "last": of the lowest-ranked path of each frame that
+            joined the others, as pyctcdecode has them (of equal texts of different labels, of the likeliest).
         backend: the search that `CTCDecoder.decode` uses: "native" (C++, CPU), "device" (torch, where the scores are;
             no words in it, see `DeviceCtcSearch`) or "auto": on the device for tensors that are on one, if it can
             search what is asked.
@@ -203,6 +206,7 @@ class CtcOptions:
     places: Places = "prefixes"
     history_words: int = 0
     merge_texts: bool = True
+    times: Times = "best"
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -216,6 +220,7 @@ class CtcOptions:
             self.backend in ("auto", "native", "device"),
             f"backend must be 'auto', 'native' or 'device', got {self.backend!r}.",
         )
+        require(self.times in ("best", "last"), f"times must be 'best' or 'last', got {self.times!r}.")
         require(isinstance(self.merge_texts, bool), f"merge_texts must be True or False, got {self.merge_texts!r}.")
         for name in ("lm_weight", "word_bonus", "length_bonus", "hotword_weight"):
             value = getattr(self, name)

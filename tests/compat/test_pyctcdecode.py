@@ -59,11 +59,11 @@ def assert_same_beams(own: Any, other: Any, tolerance: float = 1e-3) -> None:
         assert lm_score == pytest.approx(scores[1][text][1], abs=tolerance)
 
 
-def assert_near_frames(own: Any, other: Any) -> None:
-    """Equal words; ours are the times of the best alignment, theirs of the one met first."""
-    assert [word for word, _ in own] == [word for word, _ in other]
-    times = [np.array([frames for _, frames in beams]) for beams in (own, other)]
-    assert np.abs(times[0] - times[1]).max() <= 2
+def assert_same_frames(own: Any, other: Any) -> None:
+    """Equal words with equal frames in every hypothesis."""
+    found, wanted = ({beam[0]: beam[-3] for beam in beams} for beams in (own, other))
+    for text, frames in found.items():
+        assert frames == [(word, (int(start), int(end))) for word, (start, end) in wanted[text]], text
 
 
 def test_published_bugs_bunny_cases() -> None:
@@ -89,7 +89,7 @@ def test_librispeech_beams_equal_pyctcdecode(theirs: Any) -> None:
     own = ours.build_ctcdecoder(list(LIBRI_LABELS)).decode_beams(libri())
     other = theirs.build_ctcdecoder(list(LIBRI_LABELS)).decode_beams(libri())
     assert_same_beams(own, other)
-    assert_near_frames(own[0].text_frames, other[0][2])
+    assert_same_frames(own, other)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -112,6 +112,7 @@ def test_random_emissions_equal_pyctcdecode(theirs: Any, settings: dict[str, Any
     decoders = [module.build_ctcdecoder(BUNNY_LABELS, path, **arguments) for module in (ours, theirs)]
     own, other = (decoder.decode_beams(logits, **settings) for decoder in decoders)
     assert_same_beams(own, other)
+    assert_same_frames(own, other)
 
 
 @pytest.mark.parametrize("boundary", [True, False])
@@ -132,6 +133,7 @@ def test_flashlight_model_on_the_librispeech_sentence_equals_pyctcdecode(
     for logits in (libri(), noisy):
         own, other = (decoder.decode_beams(logits) for decoder in decoders)
         assert_same_beams(own, other)
+        assert_same_frames(own, other)
         assert decoders[0].decode(logits) == decoders[1].decode(logits)
 
 
@@ -158,7 +160,7 @@ def test_stored_lines_equal_pyctcdecode(theirs: Any) -> None:
         logits = log_softmax(line.astype(np.float64))
         own, other = (decoder.decode_beams(logits) for decoder in decoders)
         assert_same_beams(own, other)
-        assert_near_frames(own[0].text_frames, other[0][2])
+        assert_same_frames(own, other)
 
 
 def test_stateful_decoding_equals_pyctcdecode(theirs: Any) -> None:
@@ -169,6 +171,7 @@ def test_stateful_decoding_equals_pyctcdecode(theirs: Any) -> None:
         first = decoder.decode_beams(bunny_logits("bugs", "bugs"))[0]
         beams.append(decoder.decode_beams(bunny_logits(), lm_start_state=first[1]))
     assert_same_beams(*beams)
+    assert_same_frames(*beams)
     assert isinstance(beams[0][0].last_lm_state, int)
 
 

@@ -192,6 +192,7 @@ OPTION_CHOICES = st.fixed_dictionaries(
         "history_words": st.sampled_from([0, 1, 2]),
         "hotwords": st.sampled_from([(), ("ab",), ("b", "a éa")]),
         "hotword_weight": st.sampled_from([2.0, -1.0]),
+        "times": st.sampled_from(["best", "last"]),
     }
 )
 
