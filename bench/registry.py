@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
+from bench import bridge, ctc, ctc_batch, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -32,6 +32,11 @@ CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
     Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
+    Case(
+        "ctc_batch",
+        ctc_batch.run,
+        ("tests/ctc/test_device_search.py", "tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"),
+    ),
     Case("ctc_prefix", ctc_prefix.run, ("tests/ctc/test_prefix_scores.py",), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
     Case("ngram", ngram.run, ("tests/ngrams/test_table.py", "tests/phrases/test_automaton.py"), ("cpu",)),

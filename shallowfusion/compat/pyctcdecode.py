@@ -2,8 +2,9 @@
 
     from shallowfusion.compat.pyctcdecode import build_ctcdecoder
 
-Texts and scores are those of pyctcdecode 0.5, its pruning included. Differences: language models are ARPA files (plain
-or .gz), not KenLM binaries; every word of the ARPA file is known, also one without a back-off; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an error.
+Texts, scores and word times are those of pyctcdecode 0.5, its pruning included. Differences: language models are ARPA
+files (plain or .gz), not KenLM binaries; every word of the ARPA file is known, also one without a back-off; a batch
+runs on threads, so `pool` is not needed; scores that are no numbers are an error.
 """
 
 from __future__ import annotations
