@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from shallowfusion.compat import pyctcdecode as ours
-from shallowfusion.errors import AcousticScoresError, InvalidArgumentError, ModelError, VocabularyError
+from shallowfusion.errors import (
+    AcousticScoresError,
+    InvalidArgumentError,
+    ModelError,
+    VocabularyError,
+)
 from tests.ctc.conftest import LIBRI_LABELS, LIBRI_TEXT, libri, log_softmax, ocr, shared_file
 
 BUNNY_LABELS = [" ", "b", "g", "n", "s", "u", "y", ""]
@@ -228,6 +233,62 @@ def test_alphabets_equal_pyctcdecode(theirs: Any, labels: list[str]) -> None:
     own, other = ours.Alphabet.build_alphabet(labels), theirs.Alphabet.build_alphabet(labels)
     assert (own.labels, own.is_bpe) == (other.labels, other.is_bpe)
     assert ours.Alphabet.loads(own.dumps()).labels == own.labels
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_saved_decoders_are_read_by_both_libraries(theirs: Any, with_lm: bool, tmp_path: Path) -> None:
+    path = str(shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")) if with_lm else None
+    arguments: dict[str, Any] = {"alpha": 0.8, "beta": 0.25, "unk_score_offset": -3.0} if with_lm else {}
+    logits = random_logits(5, 40, len(BUNNY_LABELS))
+    for writer in (ours, theirs):
+        decoder = writer.build_ctcdecoder(BUNNY_LABELS, path, **arguments)
+        folder = tmp_path / writer.__name__
+        folder.mkdir()
+        decoder.save_to_dir(str(folder))
+        own, other = (module.BeamSearchDecoderCTC.load_from_dir(str(folder)) for module in (ours, theirs))
+        assert_same_beams(own.decode_beams(logits), decoder.decode_beams(logits))
+        assert_same_beams(other.decode_beams(logits), decoder.decode_beams(logits))
+
+
+def test_saved_tables_and_packed_files_are_written_as_arpa(tmp_path: Path) -> None:
+    import gzip
+
+    path = shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")
+    packed = tmp_path / "lm.arpa.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    logits = random_logits(6, 30, len(BUNNY_LABELS))
+    wanted = ours.build_ctcdecoder(BUNNY_LABELS, path, ["bugs"]).decode_beams(logits)
+    ours.build_ctcdecoder(BUNNY_LABELS, packed, ["bugs"]).save_to_dir(tmp_path / "new" / "folder")
+    assert (tmp_path / "new/folder/language_model/lm.arpa").is_file()
+    assert_same_beams(ours.BeamSearchDecoderCTC.load_from_dir(tmp_path / "new/folder").decode_beams(logits), wanted)
+
+
+def test_broken_decoder_folders_are_refused(tmp_path: Path) -> None:
+    load = ours.BeamSearchDecoderCTC.load_from_dir
+    with pytest.raises(ModelError, match=r"alphabet\.json cannot be read"):
+        load(tmp_path)
+    ours.build_ctcdecoder(BUNNY_LABELS, shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")).save_to_dir(tmp_path)
+    folder = tmp_path / "language_model"
+    attributes = (folder / "attrs.json").read_text(encoding="utf-8")
+    for bad in ("{", "[]", "{}", attributes.replace("true", "3"), attributes.replace("0.5", "NaN")):
+        (folder / "attrs.json").write_text(bad, encoding="utf-8")
+        with pytest.raises(ModelError, match=r"attrs\.json"):
+            load(tmp_path)
+    (folder / "attrs.json").write_text(attributes, encoding="utf-8")
+    (folder / "bugs_bunny_kenlm.arpa").rename(folder / "lm.bin")
+    with pytest.raises(ModelError, match="KenLM binaries"):
+        load(tmp_path)
+    (folder / "other").write_text("", encoding="utf-8")
+    with pytest.raises(ModelError, match="one ARPA file"):
+        load(tmp_path)
+    (folder / "unigrams.txt").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="unigrams"):
+        load(tmp_path)
+    for bad in ("{}", "{", '{"labels": 3, "is_bpe": false}', '{"labels": [3], "is_bpe": false}'):
+        with pytest.raises(VocabularyError, match="stored alphabet"):
+            ours.Alphabet.loads(bad)
+    with pytest.raises(InvalidArgumentError, match="one ARPA file"):
+        ours.MultiLanguageModel([])
 
 
 def test_bad_input_is_refused() -> None:
