@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion import _native
+from shallowfusion.ctc.device_search import DeviceCtcSearch
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.search_reference import ReferenceCtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
@@ -311,5 +312,79 @@ def test_the_binding_never_crashes(data: st.DataObject) -> None:
         counts = np.array(draw(st.lists(st.integers(-1, 4), max_size=3)), np.int64)
         state.step(log_probs=array, counts=counts, threads=draw(st.integers(-1, 3)))
         state.results(n_best=draw(st.integers(-1, 4)), ended=draw(st.booleans()), threads=1)
+    except (ShallowFusionError, TypeError, ValueError, UnicodeEncodeError):
+        pass
+
+
+SPOILS = {
+    "nan": lambda own, frame, label: own.__setitem__((frame, label), math.nan),
+    "infinite": lambda own, frame, label: own.__setitem__((frame, label), math.inf),
+    "impossible": lambda own, frame, label: own.__setitem__(frame, -math.inf),
+    "probabilities": lambda own, frame, label: np.exp(own, out=own),
+    "positive": lambda own, frame, label: own.__setitem__((frame, label), 3.0),
+    "nothing": lambda own, frame, label: None,
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([CtcSearch, ReferenceCtcSearch, DeviceCtcSearch]),
+    st.lists(
+        st.tuples(st.sampled_from(sorted(SPOILS)), st.integers(0, 6), st.integers(0, 5), st.integers(0, 7)),
+        min_size=1, max_size=5,
+    ),
+    st.integers(0, 1000),
+    st.sampled_from([{}, {"blank_skip": 0.3}, {"beam_size": 1, "top_labels": 1}, {"merge": "max", "beam_margin": 2.0}]),
+)  # fmt: skip
+def test_whatever_is_wrong_with_some_utterances_the_others_are_unharmed(
+    kind: type, utterances: list[tuple[str, int, int, int]], seed: int, chosen: dict[str, Any]
+) -> None:
+    search = kind(WORDS, CtcOptions(**{"beam_size": 4, **chosen}))
+    log_probs = random_log_probs(seed, (len(utterances), 7, 6))
+    for own, (spoil, frame, label, _) in zip(log_probs, utterances, strict=True):
+        SPOILS[spoil](own, frame, label)
+    lengths = [length for *_, length in utterances]
+    together = searched(search, log_probs, 3, lengths)
+    for own, length, (spoil, frame, _, _), result in zip(log_probs, lengths, utterances, together, strict=True):
+        (alone,) = searched(search, own[None, :length], 3)
+        assert_same(alone, result, 1e-9)
+        is_bad = length == 0 or (spoil == "probabilities") or (spoil != "nothing" and frame < length)
+        assert (result.error is not None) >= is_bad
+        if result.error is not None:
+            assert isinstance(result.error, AcousticScoresError)
+            assert result.hypotheses == ()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_binding_never_crashes_with_a_table(data: st.DataObject) -> None:
+    """Any numbers for words, states and weights of a language model."""
+    draw = data.draw
+    number = st.floats(-1e3, 0.0, width=32)
+    count = draw(st.integers(1, 4))
+    orders = [(np.arange(count, dtype=np.int32)[:, None], *(np.array(
+        [draw(number) for _ in range(count)], np.float32) for _ in range(2)))]  # fmt: skip
+    special = [draw(st.integers(-1, 4)) for _ in range(3)]
+    try:
+        table = _native.NgramTable(
+            num_words=count, orders=orders, begin_word=special[0], end_word=special[1], unknown_word=special[2]
+        )
+        arrays = table.arrays()
+        assert [len(array) for array in arrays] == [count + 1, count + 2, *[count + 1] * 4]
+        language = _native.CtcLanguage()
+        for name in ("weight", "word_bonus", "label_bonus", "unknown_word", "unknown_prefix"):
+            setattr(language, name, draw(st.floats()))
+        language.score_end, language.score_empty_word = draw(st.booleans()), draw(st.booleans())
+        words = st.tuples(st.text(max_size=2), st.integers(-1, 5), st.booleans())
+        lexicon = _native.CtcLexicon(words=draw(st.lists(words, max_size=3))) if draw(st.booleans()) else None
+        language.set_table(table=table, lexicon=lexicon)
+        rules = _native.CtcRules(blank=0, delimiter=draw(st.integers(-1, 3)), beam_size=draw(st.integers(1, 9)))
+        rules.last_times, rules.merge_texts = draw(st.booleans()), draw(st.booleans())
+        label = st.tuples(st.text(max_size=2), st.booleans(), st.booleans(), st.integers(-1, 5))
+        search = _native.CtcSearch(labels=[draw(label) for _ in range(6)], rules=rules, language=language)
+        state = search.begin(start_states=[draw(st.integers(-1, 9)), 0])
+        scores = np.array(draw(st.lists(st.floats(width=32), min_size=36, max_size=36)), np.float32)
+        state.step(log_probs=scores.reshape(2, 3, 6), counts=np.array([3, 2]), threads=2)
+        state.results(n_best=3, ended=draw(st.booleans()), threads=1)
     except (ShallowFusionError, TypeError, ValueError, UnicodeEncodeError):
         pass
