@@ -80,12 +80,12 @@ class DeviceCtcSearch:
     `top_labels` of a frame. Words, hotwords, single paths and scores of the caller's own are refused
     (`device_obstacle`). Of labels that tie at -inf any may be looked at; they make no hypothesis.
 
-    Nothing synchronises within a frame. A `step` synchronises once per block of 2^25 scores with `blank_skip`, which
-    drops all but the first frame of a run that is blank alone, else never, for scores and lengths given on the device
-    or the host; on CUDA a frame is one replayed graph. `results` and `end` synchronise.
+    Nothing synchronises within a frame; on CUDA a frame is one replayed graph. A `step` synchronises once per block of
+    2^25 scores with `blank_skip`, which joins a run of frames that are blank alone, and where lengths are given on the
+    device. `results` and `end` synchronise.
 
     Price per frame: some 100 small launches in one graph, whatever the batch; per utterance O(beam_size * (4 +
-    log(beam_size))) pairs, O(beam_size * top_labels) with a language model. Memory: 12 bytes per frame and place of
+    log(beam_size))) pairs, O(beam_size * top_labels) with a language model. Memory: 8 bytes per frame and place of
     the beam (frames joined by `blank_skip` count once), kept until the state goes.
 
     Args:
@@ -177,7 +177,8 @@ class DeviceCtcSearch:
         captured = self._graphs.get(len(beam.last))
         if captured is None:
             first = Frame(*(getattr(block, name)[0] for name in FRAME_FIELDS))
-            captured = self._graphs[len(beam.last)] = CapturedFrame(beam, first, self.rules)
+            with torch.cuda.device(self.device):
+                captured = self._graphs[len(beam.last)] = CapturedFrame(beam, first, self.rules)
         captured.load(beam)
         return captured
 
