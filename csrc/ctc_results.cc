@@ -54,7 +54,10 @@ std::vector<CtcUtterance::Ending> CtcUtterance::endings(bool ended) const {
         first.asr = rules.use_max ? std::max(first.asr, asr) : log_add(first.asr, asr);
         const Entry& timed = live_[first.timed];
         const bool later = std::max(entry.blank.best, entry.label.best) > std::max(timed.blank.best, timed.label.best);
-        if (rules.last_times && later) first.timed = static_cast<int32_t>(index);
+        if (rules.last_times && later) {
+          first.timed = static_cast<int32_t>(index);
+          if (model_->language.score_empty_word) first.ending = ending;
+        }
         continue;
       }
     }

@@ -305,7 +305,8 @@ class ReferenceCtcSearch:
     def _hypothesis(self, entry: Entry, asr: float, ended: bool, timed: Entry) -> CtcHypothesis:
         prefix, lm_state = entry.prefix, entry.prefix.lm_state
         if ended:
-            prefix, lm_state = self._language.ended(entry.prefix)
+            charged = timed if self.language is not None and self.language.score_empty_word else entry
+            prefix, lm_state = self._language.ended(charged.prefix)
         times, word_times = self._times(entry), self._word_times(timed.prefix, self._times(timed))
         parts = {"asr": asr} if self.language is None else {"asr": asr, "lm": prefix.lm}
         return CtcHypothesis(

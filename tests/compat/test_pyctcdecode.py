@@ -142,6 +142,21 @@ def test_flashlight_model_on_the_librispeech_sentence_equals_pyctcdecode(
         assert decoders[0].decode(logits) == decoders[1].decode(logits)
 
 
+@pytest.mark.parametrize("space", [0.3, 0.45, 0.55, 0.7])
+def test_texts_with_and_without_a_last_space_are_charged_as_by_pyctcdecode(theirs: Any, space: float) -> None:
+    """Of the equal texts it keeps the one met last, and charges a word more if that one ends with a space."""
+    path = str(shared_file("pyctcdecode/bugs_bunny_kenlm.arpa"))
+    probs = np.full((6, len(BUNNY_LABELS)), 0.001)
+    for frame, letter in enumerate("bugs"):
+        probs[frame, BUNNY_LABELS.index(letter)] = 0.99
+    probs[4:, 0], probs[4:, 7] = space, 0.99 - space
+    own, other = (
+        module.build_ctcdecoder(BUNNY_LABELS, path, alpha=0.6).decode_beams(np.log(probs)) for module in (ours, theirs)
+    )
+    assert_same_beams(own, other)
+    assert_same_frames(own, other)
+
+
 def test_word_pieces_equal_pyctcdecode(theirs: Any) -> None:
     """With room for all: ours merges equal texts among what can stay in the beam, theirs among all extensions."""
     labels = ["<unk>", "▁bu", "gs", "nn", "y", "▁", "b", "u", "n", "▁bun", "ny"]
