@@ -134,7 +134,7 @@ class CtcLanguage:
             Beyond six characters it grows with the length. It is gone once the word is closed.
         score_boundary: start after <s> and score </s> at the end.
         score_empty_word: a text that ends with a delimiter is charged an unknown word more, as pyctcdecode does. Of
-            equal texts with and without one the best says which it is; with times="last", the one whose times are shown.
+            equal texts with and without one the best says which; with times="last", the one whose times are shown.
         delimiter_word: the delimiter in a table of labels.
     """
 
