@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bench import (
     bridge,
     ctc,
+    ctc_batch,
     ctc_prefix,
     decode,
     delayed,
@@ -53,6 +54,11 @@ CASES = (
     Case("peers", peers.run, ("tests/search/test_generate_parity.py", "tests/scorers/test_preparation.py"), ("cpu",)),
     Case("stages", stages.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
+    Case(
+        "ctc_batch",
+        ctc_batch.run,
+        ("tests/ctc/test_device_search.py", "tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"),
+    ),
     Case("ctc_prefix", ctc_prefix.run, ("tests/ctc/test_prefix_scores.py",), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),
     Case("ngram", ngram.run, ("tests/ngrams/test_table.py", "tests/phrases/test_automaton.py"), ("cpu",)),

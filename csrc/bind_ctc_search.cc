@@ -191,7 +191,7 @@ void bind_ctc_search(py::module_& module) {
   py::class_<CtcRules>(module, "CtcRules")
       .def(py::init([](int32_t blank, int32_t delimiter, int64_t beam_size) {
              require(beam_size >= 1, "beam_size must be at least 1.");
-             return CtcRules{blank, delimiter, beam_size, false, 0.0, 0, 0.0, 0.0, false, 0, false};
+             return CtcRules{blank, delimiter, beam_size, false, 0.0, 0, 0.0, 0.0, false, 0, false, false};
            }),
            py::kw_only(), py::arg("blank"), py::arg("delimiter"), py::arg("beam_size"))
       .def_readwrite("use_max", &CtcRules::use_max)
@@ -201,7 +201,8 @@ void bind_ctc_search(py::module_& module) {
       .def_readwrite("blank_skip_log_prob", &CtcRules::blank_skip_log_prob)
       .def_readwrite("rank_paths", &CtcRules::rank_paths)
       .def_readwrite("history_words", &CtcRules::history_words)
-      .def_readwrite("merge_texts", &CtcRules::merge_texts);
+      .def_readwrite("merge_texts", &CtcRules::merge_texts)
+      .def_readwrite("last_times", &CtcRules::last_times);
   py::class_<CtcModel, std::shared_ptr<CtcModel>>(module, "CtcSearch")
       .def(py::init(&make_model), py::kw_only(), py::arg("labels"), py::arg("rules"), py::arg("language"))
       .def(

@@ -101,6 +101,17 @@ py::array_t<float> dense(const NgramTable& table, const Array<int64_t>& states) 
   return log_probs;
 }
 
+template <typename T>
+py::array_t<T> copied(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// (words, first children, suffixes, states, log-probs, back-offs), copies.
+py::tuple arrays(const NgramTable& table) {
+  return py::make_tuple(copied(table.words()), copied(table.first_children()), copied(table.suffixes()),
+                        copied(table.states()), copied(table.log_probs()), copied(table.back_offs()));
+}
+
 }  // namespace
 
 void bind_ngram_table(py::module_& module) {
@@ -112,6 +123,7 @@ void bind_ngram_table(py::module_& module) {
       .def("score", &score, py::kw_only(), states, py::arg("words"))
       .def("end", &end, py::kw_only(), states)
       .def("dense", &dense, py::kw_only(), states)
+      .def("arrays", &arrays)
       .def_property_readonly("start_state", &NgramTable::start_state)
       .def_property_readonly("null_state", &NgramTable::null_state)
       .def_property_readonly("num_words", &NgramTable::num_words)

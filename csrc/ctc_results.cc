@@ -52,10 +52,16 @@ std::vector<CtcUtterance::Ending> CtcUtterance::endings(bool ended) const {
       if (!is_new) {
         Ending& first = found[at->second];
         first.asr = rules.use_max ? std::max(first.asr, asr) : log_add(first.asr, asr);
+        const Entry& timed = live_[first.timed];
+        const bool later = std::max(entry.blank.best, entry.label.best) > std::max(timed.blank.best, timed.label.best);
+        if (rules.last_times && later) {
+          first.timed = static_cast<int32_t>(index);
+          if (model_->language.score_empty_word) first.ending = ending;
+        }
         continue;
       }
     }
-    found.push_back({static_cast<int32_t>(index), asr, ending, 0.0});
+    found.push_back({static_cast<int32_t>(index), asr, ending, 0.0, static_cast<int32_t>(index)});
   }
   double best = -std::numeric_limits<double>::infinity();
   for (Ending& one : found) {
@@ -107,6 +113,17 @@ CtcHypothesis CtcUtterance::hypothesis(const Ending& ending) const {
   made.lm = ending.ending.lm;
   made.lm_state = ending.ending.lm_state;
   made.extra = prefixes_[entry.node].extra;
+  spell(entry, made);
+  if (ending.timed != ending.entry) {
+    CtcHypothesis other;
+    spell(live_[ending.timed], other);
+    made.word_frames = other.word_frames;
+  }
+  return made;
+}
+
+// Writes labels, text and times of a prefix.
+void CtcUtterance::spell(const Entry& entry, CtcHypothesis& made) const {
   made.labels = labels_of(entry.node);
   made.label_frames.resize(2 * made.labels.size());
   const Mass& mass = entry.label.best > entry.blank.best ? entry.label : entry.blank;
@@ -132,7 +149,6 @@ CtcHypothesis CtcUtterance::hypothesis(const Ending& ending) const {
     }
     fresh = fresh || label.ends_word;
   }
-  return made;
 }
 
 std::vector<CtcHypothesis> CtcUtterance::results(int64_t n_best, bool ended) const {

@@ -160,8 +160,9 @@ void CtcUtterance::stay_entry(const Entry& old) {
   const double from = repeats ? above.blank.value : combine(above.blank.value, above.label.value);
   entry.label.value = combine(entry.label.value, from * factor);
   Mass& source = !repeats && above.label.best > above.blank.best ? above.label : above.blank;
-  if (source.best * factor > entry.label.best) {
-    entry.label.best = source.best * factor;
+  const double best = source.best * (model_->rules.last_times ? label_prob : factor);
+  if (best > entry.label.best) {
+    entry.label.best = best;
     entry.label.path = push(above, source);
     entry.label.start = static_cast<int32_t>(frame_);
   }
@@ -264,7 +265,7 @@ void CtcUtterance::extend_entry(size_t place) {
     Entry& entry = next_.back();
     entry.node = node;
     entry.label.value = value;
-    entry.label.best = source.best * label_prob * prefix.factor;
+    entry.label.best = source.best * label_prob * (model_->rules.last_times ? 1.0 : prefix.factor);
     entry.label.path = push(above, source);
     entry.label.start = static_cast<int32_t>(frame_);
     entry.label.end = static_cast<int32_t>(frame_) + 1;
@@ -364,6 +365,14 @@ void CtcUtterance::keep_best() {
   }
 }
 
+// With last_times, `best` says how low a path ranks.
+void CtcUtterance::rank_times() {
+  for (Entry& entry : live_) {
+    const double rank = prefixes_[entry.node].rank;
+    for (Mass* mass : {&entry.blank, &entry.label}) mass->best = mass->value > 0.0 ? 1.0 / (mass->value * rank) : 0.0;
+  }
+}
+
 void CtcUtterance::rescale() {
   double largest = 0.0;
   for (const Entry& entry : live_) largest = std::max({largest, entry.blank.value, entry.label.value});
@@ -396,6 +405,7 @@ void CtcUtterance::set_extras(const std::vector<double>& extras) {
     node.extra = extras[place];
   }
   offset_ += largest;
+  if (model_->rules.last_times) rank_times();
   rescale();
 }
 
@@ -440,6 +450,7 @@ void CtcUtterance::advance(const char* frame, bool half, int64_t label_stride) {
   extend();
   if (model_->rules.merge_texts) merge_equal_texts();
   keep_best();
+  if (model_->rules.last_times) rank_times();
   ++frame_;
   if (live_.empty()) {
     error_ = "no hypothesis survived frame " + std::to_string(frame_ - 1) + "; prune less (token_min_log_prob, top_labels).";

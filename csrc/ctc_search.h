@@ -24,6 +24,7 @@ struct CtcRules {
   bool rank_paths;             // a prefix ending in blank and in its label take two places in the beam
   int64_t history_words;       // 0: off
   bool merge_texts;            // different labels may spell the same text, which is then one hypothesis
+  bool last_times;             // times are those of the lowest-ranked path that joined, not of the best alignment
 };
 
 struct CtcHypothesis {
@@ -81,7 +82,7 @@ class CtcUtterance {
  private:
   struct Mass {
     double value = 0.0;
-    double best = 0.0;  // of the best alignment alone
+    double best = 0.0;  // of the best alignment alone; with last_times, the larger the lower its path ranked
     int32_t path = -1;  // frames of the labels before the last
     int32_t start = -1;
     int32_t end = -1;
@@ -115,6 +116,7 @@ class CtcUtterance {
     double asr;
     CtcEnding ending;
     double total;
+    int32_t timed;  // the entry whose word times are shown
   };
 
   bool read(const char* frame, bool half, int64_t stride);
@@ -133,11 +135,13 @@ class CtcUtterance {
   void merge_group(size_t begin, size_t end, bool blank);
   void keep_best();
   void drop_equal_histories(std::vector<Candidate>& kept);
+  void rank_times();
   void rescale();
   void collect();
   int32_t push(Entry& entry, Mass& mass);
   std::vector<Ending> endings(bool ended) const;
   CtcHypothesis hypothesis(const Ending& ending) const;
+  void spell(const Entry& entry, CtcHypothesis& made) const;
   std::vector<int32_t> labels_of(int32_t node) const;
 
   const CtcModel* model_;

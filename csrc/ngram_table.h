@@ -63,6 +63,14 @@ class NgramTable {
   uint32_t unknown_word() const { return unknown_word_; }
   int64_t num_bytes() const;
 
+  // The arrays as they lie, one entry per node (first_child: and one more), for look-ups elsewhere.
+  const std::vector<uint32_t>& words() const { return word_; }
+  const std::vector<uint32_t>& first_children() const { return first_child_; }
+  const std::vector<uint32_t>& suffixes() const { return suffix_; }
+  const std::vector<uint32_t>& states() const { return state_of_; }
+  const std::vector<float>& log_probs() const { return log_prob_; }
+  const std::vector<float>& back_offs() const { return back_off_; }
+
  private:
   static constexpr uint32_t kRoot = 0;
 

@@ -129,6 +129,16 @@ class NgramTable:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]: ...
     def end(self, *, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
     def dense(self, *, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
+    def arrays(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.float32],
+    ]: ...
 
 # Phrase automaton ---------------------------------------------------------------------------------------------------
 
@@ -214,6 +224,7 @@ class CtcRules:
     rank_paths: bool
     history_words: int
     merge_texts: bool
+    last_times: bool
     def __init__(self, *, blank: int, delimiter: int, beam_size: int) -> None: ...
 
 class CtcSearch:

@@ -70,10 +70,16 @@ class Alphabet:
         Raises:
             VocabularyError: not that.
         """
-        record = json.loads(text)
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise VocabularyError(f"a stored alphabet must be JSON, got another text: {error}.") from None
         if not isinstance(record, dict) or set(record) != {"labels", "is_bpe"}:
             raise VocabularyError("a stored alphabet must hold the keys labels and is_bpe, and no others.")
-        return cls(record["labels"], record["is_bpe"])
+        labels = record["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise VocabularyError(f"the labels of a stored alphabet must be a list of texts, got {labels!r}.")
+        return cls(labels, bool(record["is_bpe"]))
 
     def to_ctc(self) -> CtcAlphabet:
         """The alphabet of the search."""

@@ -2,9 +2,10 @@
 
     from shallowfusion.compat.pyctcdecode import build_ctcdecoder
 
-Texts and scores are those of pyctcdecode 0.5, its pruning included. Differences: language models are ARPA files (plain
-or .gz), not KenLM binaries; every word of the ARPA file is known, also one without a back-off; word times are those of
-the best alignment; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an error.
+Texts, scores and word times are those of pyctcdecode 0.5, its pruning included. Differences: language models are ARPA
+files (plain or .gz), not KenLM binaries, and one at a time (no MultiLanguageModel); every word of the ARPA file is
+known, also one without a back-off; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an
+error.
 """
 
 from __future__ import annotations
@@ -15,24 +16,30 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from shallowfusion.compat.alphabet import Alphabet
+from shallowfusion.compat.decoder_folder import (
+    read_alphabet,
+    read_model_folder,
+    write_decoder_folder,
+    write_model_folder,
+)
+from shallowfusion.compat.logits import log_probs_of, padded
 from shallowfusion.config import require
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.settings import CtcLanguage, CtcOptions
-from shallowfusion.errors import ModelError
+from shallowfusion.errors import InvalidArgumentError, ModelError
 from shallowfusion.ngrams.arpa import is_arpa
 from shallowfusion.ngrams.table import NgramTable
 
-__all__ = ["Alphabet", "BeamSearchDecoderCTC", "LanguageModel", "OutputBeam", "OutputBeamMPSafe", "build_ctcdecoder"]
+__all__ = [
+    "Alphabet", "BeamSearchDecoderCTC", "LanguageModel", "MultiLanguageModel", "OutputBeam", "OutputBeamMPSafe",
+    "build_ctcdecoder",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 LOG_10 = math.log(10.0)
-SMALLEST_PROB = 1e-15
 MOST_SEARCHES = 16  # settings whose search is kept
 
 WordFrames = tuple[str, tuple[int, int]]
@@ -112,6 +119,26 @@ class LanguageModel:
             )
             setattr(self, name, value)
 
+    def save_to_dir(self, filepath: str | Path, unigram_encoding: str | None = None) -> None:
+        """Write the model and its weights into a folder, for `load_from_dir` here or in pyctcdecode.
+
+        Raises:
+            ModelError: it cannot be written.
+        """
+        names = ("alpha", "beta", "unk_score_offset", "score_boundary")
+        attributes = {name: getattr(self, name) for name in names}
+        write_model_folder(filepath, self.table.model, self.unigrams, attributes, unigram_encoding)
+
+    @classmethod
+    def load_from_dir(cls, filepath: str | Path, unigram_encoding: str | None = None) -> LanguageModel:
+        """Read what `save_to_dir` wrote, here or in pyctcdecode.
+
+        Raises:
+            ModelError: a file is missing or wrong, or the model is a KenLM binary.
+        """
+        stored = read_model_folder(filepath, unigram_encoding)
+        return cls(stored.path, stored.unigrams, **stored.attributes)
+
     def to_ctc(self) -> CtcLanguage:
         """The model as the search sees it."""
         return CtcLanguage(
@@ -121,6 +148,20 @@ class LanguageModel:
             unknown_prefix=self.unk_score_offset,
             score_boundary=self.score_boundary,
             score_empty_word=True,
+        )
+
+
+class MultiLanguageModel:
+    """pyctcdecode's mean of several models, which this search does not have.
+
+    Raises:
+        InvalidArgumentError: always.
+    """
+
+    def __init__(self, language_models: Sequence[LanguageModel]) -> None:
+        raise InvalidArgumentError(
+            "the search holds one n-gram model, got a MultiLanguageModel; interpolate the models into one ARPA file, "
+            "or train one on all the texts (shallowfusion build-ngram)."
         )
 
 
@@ -229,6 +270,28 @@ class BeamSearchDecoderCTC:
         beams = [[self._beam(hypothesis) for hypothesis in _found(result)] for result in results]
         return [[OutputBeamMPSafe(beam.text, *beam[2:]) for beam in own] for own in beams]
 
+    def save_to_dir(self, filepath: str | Path) -> None:
+        """Write the decoder into a folder, for `load_from_dir` here or in pyctcdecode.
+
+        Raises:
+            ModelError: it cannot be written.
+        """
+        model_folder = write_decoder_folder(filepath, self._alphabet.dumps())
+        if self._language_model is not None:
+            self._language_model.save_to_dir(model_folder)
+
+    @classmethod
+    def load_from_dir(cls, filepath: str | Path, unigram_encoding: str | None = None) -> BeamSearchDecoderCTC:
+        """Read what `save_to_dir` wrote, here or in pyctcdecode.
+
+        Raises:
+            ModelError: a file is missing or wrong, or the model is a KenLM binary.
+            VocabularyError: the alphabet's file is no alphabet.
+        """
+        alphabet, folder = read_alphabet(filepath)
+        model = None if folder is None else LanguageModel.load_from_dir(folder, unigram_encoding)
+        return cls(Alphabet.loads(alphabet), model)
+
     def _options(
         self,
         beam_width: int,
@@ -249,6 +312,7 @@ class BeamSearchDecoderCTC:
             token_min_log_prob=token_min_logp,
             beam_margin=-beam_prune_logp,
             places="paths",
+            times="last",
             history_words=max(1, order - 1) if prune_history else 0,
         )
 
@@ -266,11 +330,11 @@ class BeamSearchDecoderCTC:
         self, logits_list: Sequence[Any], options: CtcOptions, lm_start_state: int | None, n_best: int
     ) -> list[CtcResult]:
         search = self._search(options)
-        scores = [_log_probs(logits, len(self._alphabet.labels)) for logits in logits_list]
+        scores = [log_probs_of(logits, len(self._alphabet.labels)) for logits in logits_list]
         if not scores:
             return []
         lengths = [len(own) for own in scores]
-        batch = scores[0][None] if len(scores) == 1 else _padded(scores, max(lengths))
+        batch = scores[0][None] if len(scores) == 1 else padded(scores, max(lengths))
         model = self._language_model
         has_start = model is not None and lm_start_state is not None
         state = search.begin(len(scores), [int(lm_start_state or 0)] * len(scores) if has_start else None)
@@ -310,7 +374,9 @@ def build_ctcdecoder(
 
 def _read_table(path: str | Path) -> NgramTable:
     if not is_arpa(path):
-        raise ModelError(f"{path} is no .arpa or .arpa.gz file; KenLM binaries are not read, give the ARPA file.")
+        raise ModelError(
+            f"{path} is no .arpa or .arpa.gz file; KenLM binaries are not read, give the ARPA file they were made from."
+        )
     return NgramTable.from_arpa(path)
 
 
@@ -318,33 +384,3 @@ def _found(result: CtcResult) -> tuple[CtcHypothesis, ...]:
     if result.error is not None:
         raise result.error
     return result.hypotheses
-
-
-def _log_probs(logits: Any, num_labels: int) -> npt.NDArray[np.float32]:
-    """Log-probs of logits [frames, labels]; rows that sum to 1 are taken as probabilities."""
-    array: npt.NDArray[Any] = np.asarray(logits.detach().cpu().numpy() if hasattr(logits, "detach") else logits)
-    require(
-        array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] == num_labels,
-        f"logits must have shape [frames, {num_labels}], one column for each label, got {array.dtype} "
-        f"{list(array.shape)}.",
-    )
-    if array.dtype == np.float16:
-        array = array.astype(np.float32)
-    if len(array) == 0:
-        return array.astype(np.float32)
-    with np.errstate(all="ignore"):
-        if math.isclose(float(array.sum(axis=1).mean()), 1.0):
-            array = np.log(np.clip(array, SMALLEST_PROB, 1.0))
-            return array.astype(np.float32)
-        largest = array.max(axis=1, keepdims=True)
-        shifted = array - np.where(np.isfinite(largest), largest, 0)
-        normal = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        array = np.clip(normal, math.log(SMALLEST_PROB), 0)
-    return array.astype(np.float32)
-
-
-def _padded(scores: Sequence[npt.NDArray[np.float32]], frames: int) -> npt.NDArray[np.float32]:
-    batch = np.zeros((len(scores), frames, scores[0].shape[1]), dtype=np.float32)
-    for row, own in zip(batch, scores, strict=True):
-        row[: len(own)] = own
-    return batch

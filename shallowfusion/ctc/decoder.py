@@ -14,6 +14,7 @@ import torch
 from shallowfusion.audio.reading import read_audio
 from shallowfusion.checks import integer
 from shallowfusion.config import require
+from shallowfusion.ctc.backends import SearchChooser
 from shallowfusion.ctc.delayed import DelayedCtcSearch
 from shallowfusion.ctc.models import CtcModel, load_ctc_model
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
@@ -72,6 +73,7 @@ class CTCDecoder:
         self._search = CtcSearch(self.alphabet, CtcOptions(), self.language, threads)
         self.model: CtcModel | None = None
         self.llm = llm
+        self._chooser = SearchChooser()
 
     @classmethod
     def from_pretrained(
@@ -195,6 +197,8 @@ class CTCDecoder:
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
+        else:
+            search = self._chooser.choose(search, log_probs)
         start = time.perf_counter()
         state = search.begin(len(log_probs) if hasattr(log_probs, "__len__") else 0)
         search.step(state, log_probs, lengths)

@@ -46,7 +46,7 @@ class CtcModel:
 
     @torch.inference_mode()
     def log_probs(self, samples: Sequence[Tensor]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Log-probs of recordings, float32 [utterances, frames, labels] on the CPU, and the frames of each.
+        """Log-probs of recordings, float32 [utterances, frames, labels] where the model is, and the frames of each.
 
         Recordings are read together where the model masks padding. Models that were trained without a mask
         (`return_attention_mask` false, as wav2vec2-base) hear padding, so they read each recording alone.
@@ -59,7 +59,7 @@ class CtcModel:
         else:
             found = [self._read(samples)]
         lengths = np.concatenate([counts for _, counts in found])
-        padded = torch.zeros((len(samples), int(lengths.max(initial=0)), len(self.labels)))
+        padded = torch.zeros((len(samples), int(lengths.max(initial=0)), len(self.labels)), device=self.model.device)
         first = 0
         for log_probs, _ in found:
             frames = min(padded.shape[1], log_probs.shape[1])
@@ -76,7 +76,7 @@ class CtcModel:
             name: tensor.to(self.model.device, dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in features.items()
         }
-        log_probs = torch.log_softmax(self.model(**inputs).logits.float(), dim=-1).cpu()
+        log_probs = torch.log_softmax(self.model(**inputs).logits.float(), dim=-1)
         log_probs[:, :, list(self.silenced)] = float("-inf")
         frames = log_probs.shape[1]
         mask = inputs.get("attention_mask")

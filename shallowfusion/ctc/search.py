@@ -227,7 +227,7 @@ def label_words(alphabet: CtcAlphabet, language: CtcLanguage | None) -> list[int
 def merges_texts(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None) -> bool:
     """Whether equal texts are one during the search."""
     label_level = language is not None and language.unit == "labels"
-    return alphabet.is_ambiguous and not label_level and options.length_bonus == 0
+    return options.merge_texts and alphabet.is_ambiguous and not label_level and options.length_bonus == 0
 
 
 def known_words(language: CtcLanguage) -> list[tuple[str, int, bool]]:
@@ -253,6 +253,7 @@ def _rules(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | N
     rules.rank_paths = options.places == "paths"
     rules.history_words = options.history_words
     rules.merge_texts = merges_texts(alphabet, options, language)
+    rules.last_times = options.times == "last"
     return rules
 
 

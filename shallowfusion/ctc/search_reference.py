@@ -94,6 +94,7 @@ class ReferenceCtcSearch:
         self._language = Language(alphabet, self.options, language)
         self._add: Callable[[float, float], float] = max if self.options.merge == "max" else log_add
         self._merges_texts = merges_texts(alphabet, self.options, language)
+        self._last_times = self.options.times == "last"
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> Any:
         count = integer("num_utterances", num_utterances, 0, MAX_UTTERANCES)
@@ -156,6 +157,7 @@ class ReferenceCtcSearch:
                     stays.label = self._joined(stays.label, repeated)
                 self._extend(found, entry, label, log_prob, (place, label), time)
         utterance.beam = self._best(list(found.values()))
+        self._rank_times(utterance.beam)
         utterance.frames += 1
 
     def _extend(
@@ -171,12 +173,21 @@ class ReferenceCtcSearch:
         child = found[labels]
         times = source.times if entry.prefix.labels else ()
         change = log_prob + child.prefix.fused - entry.prefix.fused + child.prefix.extra - entry.prefix.extra
-        new = Path(source.mass + change, source.best + change, (*times, (time, time + 1)))
+        best = source.best + (log_prob if self._last_times else change)
+        new = Path(source.mass + change, best, (*times, (time, time + 1)))
         child.label = self._joined(child.label, new)
 
     def _joined(self, one: Path, other: Path) -> Path:
         better = other if other.best > one.best else one
         return Path(self._add(one.mass, other.mass), better.best, better.times)
+
+    def _rank_times(self, beam: list[Entry]) -> None:
+        """With times="last", `best` of a path says how low it ranks."""
+        for entry in beam if self._last_times else ():
+            for name in ("blank", "label"):
+                path = getattr(entry, name)
+                best = -self._rank(entry, path) if path.mass > IMPOSSIBLE else IMPOSSIBLE
+                setattr(entry, name, replace(path, best=best))
 
     def _rank(self, entry: Entry, path: Path | None) -> float:
         mass = self._add(entry.blank.mass, entry.label.mass) if path is None else path.mass
@@ -255,6 +266,7 @@ class ReferenceCtcSearch:
                 change = extra - entry.prefix.extra
                 entry.prefix = replace(entry.prefix, extra=extra)
                 entry.blank, entry.label = moved(entry.blank, change), moved(entry.label, change)
+            self._rank_times(utterance.beam)
 
     def results(self, state: Any, n_best: int = 1) -> list[CtcResult]:
         return self._results(state, n_best, ended=False)
@@ -281,28 +293,35 @@ class ReferenceCtcSearch:
             for entry in group:
                 said = entry.prefix.fused + entry.prefix.extra
                 asr = self._add(asr, self._add(entry.blank.mass, entry.label.mass) - said)
-            made.append(self._hypothesis(group[0], asr, ended))
+            timed = group[0]
+            if self._last_times:
+                timed = max(group, key=lambda entry: max(entry.blank.best, entry.label.best))
+            made.append(self._hypothesis(group[0], asr, ended, timed))
         best = max(hypothesis.total for hypothesis in made)
         margin = math.inf if self.options.beam_margin is None else self.options.beam_margin
         kept = [hypothesis for hypothesis in made if hypothesis.total >= best - margin]
         return sorted(kept, key=lambda hypothesis: -hypothesis.total)
 
-    def _hypothesis(self, entry: Entry, asr: float, ended: bool) -> CtcHypothesis:
+    def _hypothesis(self, entry: Entry, asr: float, ended: bool, timed: Entry) -> CtcHypothesis:
         prefix, lm_state = entry.prefix, entry.prefix.lm_state
         if ended:
-            prefix, lm_state = self._language.ended(entry.prefix)
-        times = self._joined(entry.blank, entry.label).times if entry.prefix.labels else ()
+            charged = timed if self.language is not None and self.language.score_empty_word else entry
+            prefix, lm_state = self._language.ended(charged.prefix)
+        times, word_times = self._times(entry), self._word_times(timed.prefix, self._times(timed))
         parts = {"asr": asr} if self.language is None else {"asr": asr, "lm": prefix.lm}
         return CtcHypothesis(
             text=entry.prefix.text,
             label_ids=np.array(entry.prefix.labels, dtype=np.int32),
             label_frames=np.array(times, dtype=np.int32).reshape(-1, 2),
-            word_frames=np.array(self._word_times(entry.prefix, times), dtype=np.int32).reshape(-1, 2),
+            word_frames=np.array(word_times, dtype=np.int32).reshape(-1, 2),
             total=asr + prefix.fused + prefix.extra,
             parts=parts,
             lm_state=lm_state,
             extra=prefix.extra,
         )
+
+    def _times(self, entry: Entry) -> Times:
+        return self._joined(entry.blank, entry.label).times if entry.prefix.labels else ()
 
     def _word_times(self, prefix: Prefix, times: Times) -> list[tuple[int, int]]:
         words: list[tuple[int, int]] = []

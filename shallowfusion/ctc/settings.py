@@ -18,6 +18,8 @@ __all__ = ["CtcAlphabet", "CtcLanguage", "CtcOptions", "Piece"]
 
 Merge = Literal["logsumexp", "max"]
 Places = Literal["prefixes", "paths"]
+Times = Literal["best", "last"]
+Backend = Literal["auto", "native", "device"]
 MAX_BEAM = 1_000_000
 WORD_START = "▁"  # sentencepiece's mark of a word's first piece
 
@@ -131,7 +133,8 @@ class CtcLanguage:
         unknown_prefix: nats, not weighted: ranks prefixes while the word they spell is no beginning of a known one.
             Beyond six characters it grows with the length. It is gone once the word is closed.
         score_boundary: start after <s> and score </s> at the end.
-        score_empty_word: a text that ends with a delimiter is charged an unknown word more, as pyctcdecode does.
+        score_empty_word: a text that ends with a delimiter is charged an unknown word more, as pyctcdecode does. Of
+            equal texts with and without one the best says which; with times="last", the one whose times are shown.
         delimiter_word: the delimiter in a table of labels.
     """
 
@@ -178,6 +181,13 @@ class CtcOptions:
             label), as in pyctcdecode.
         history_words: of paths that agree in that many last words, in the word being spelled and in their ending, only
             the best stays; 0 = off.
+        merge_texts: whether paths of different labels but equal text and ending become one after each frame; False
+            keeps them apart until the end.
+        times: of labels and words: "best": of the best alignment; "last": of the lowest-ranked path of each frame that
+            joined the others, as pyctcdecode has them (of equal texts of different labels, of the likeliest).
+        backend: the search that `CTCDecoder.decode` uses: "native" (C++, CPU), "device" (torch, where the scores are;
+            no words in it, see `DeviceCtcSearch`) or "auto": on the device for tensors that are on one, if it can
+            search what is asked.
 
     Raises:
         InvalidArgumentError: a value outside its range.
@@ -196,6 +206,9 @@ class CtcOptions:
     blank_skip: float | None = None
     places: Places = "prefixes"
     history_words: int = 0
+    merge_texts: bool = True
+    times: Times = "best"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         integer("beam_size", self.beam_size, 1, MAX_BEAM)
@@ -204,6 +217,12 @@ class CtcOptions:
             integer("top_labels", self.top_labels, 1, MAX_BEAM)
         require(self.merge in ("logsumexp", "max"), f"merge must be 'logsumexp' or 'max', got {self.merge!r}.")
         require(self.places in ("prefixes", "paths"), f"places must be 'prefixes' or 'paths', got {self.places!r}.")
+        require(
+            self.backend in ("auto", "native", "device"),
+            f"backend must be 'auto', 'native' or 'device', got {self.backend!r}.",
+        )
+        require(self.times in ("best", "last"), f"times must be 'best' or 'last', got {self.times!r}.")
+        require(isinstance(self.merge_texts, bool), f"merge_texts must be True or False, got {self.merge_texts!r}.")
         for name in ("lm_weight", "word_bonus", "length_bonus", "hotword_weight"):
             value = getattr(self, name)
             require(_is_number(value) and math.isfinite(value), f"{name} must be a finite number, got {value!r}.")

@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from shallowfusion.compat import pyctcdecode as ours
-from shallowfusion.errors import AcousticScoresError, InvalidArgumentError, ModelError, VocabularyError
+from shallowfusion.errors import (
+    AcousticScoresError,
+    InvalidArgumentError,
+    ModelError,
+    VocabularyError,
+)
 from tests.ctc.conftest import LIBRI_LABELS, LIBRI_TEXT, libri, log_softmax, ocr, shared_file
 
 BUNNY_LABELS = [" ", "b", "g", "n", "s", "u", "y", ""]
@@ -59,11 +64,11 @@ def assert_same_beams(own: Any, other: Any, tolerance: float = 1e-3) -> None:
         assert lm_score == pytest.approx(scores[1][text][1], abs=tolerance)
 
 
-def assert_near_frames(own: Any, other: Any) -> None:
-    """Equal words; ours are the times of the best alignment, theirs of the one met first."""
-    assert [word for word, _ in own] == [word for word, _ in other]
-    times = [np.array([frames for _, frames in beams]) for beams in (own, other)]
-    assert np.abs(times[0] - times[1]).max() <= 2
+def assert_same_frames(own: Any, other: Any) -> None:
+    """Equal words with equal frames in every hypothesis."""
+    found, wanted = ({beam[0]: beam[-3] for beam in beams} for beams in (own, other))
+    for text, frames in found.items():
+        assert frames == [(word, (int(start), int(end))) for word, (start, end) in wanted[text]], text
 
 
 def test_published_bugs_bunny_cases() -> None:
@@ -89,7 +94,7 @@ def test_librispeech_beams_equal_pyctcdecode(theirs: Any) -> None:
     own = ours.build_ctcdecoder(list(LIBRI_LABELS)).decode_beams(libri())
     other = theirs.build_ctcdecoder(list(LIBRI_LABELS)).decode_beams(libri())
     assert_same_beams(own, other)
-    assert_near_frames(own[0].text_frames, other[0][2])
+    assert_same_frames(own, other)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -112,6 +117,7 @@ def test_random_emissions_equal_pyctcdecode(theirs: Any, settings: dict[str, Any
     decoders = [module.build_ctcdecoder(BUNNY_LABELS, path, **arguments) for module in (ours, theirs)]
     own, other = (decoder.decode_beams(logits, **settings) for decoder in decoders)
     assert_same_beams(own, other)
+    assert_same_frames(own, other)
 
 
 @pytest.mark.parametrize("boundary", [True, False])
@@ -132,7 +138,23 @@ def test_flashlight_model_on_the_librispeech_sentence_equals_pyctcdecode(
     for logits in (libri(), noisy):
         own, other = (decoder.decode_beams(logits) for decoder in decoders)
         assert_same_beams(own, other)
+        assert_same_frames(own, other)
         assert decoders[0].decode(logits) == decoders[1].decode(logits)
+
+
+@pytest.mark.parametrize("space", [0.3, 0.45, 0.55, 0.7])
+def test_texts_with_and_without_a_last_space_are_charged_as_by_pyctcdecode(theirs: Any, space: float) -> None:
+    """Of the equal texts it keeps the one met last, and charges a word more if that one ends with a space."""
+    path = str(shared_file("pyctcdecode/bugs_bunny_kenlm.arpa"))
+    probs = np.full((6, len(BUNNY_LABELS)), 0.001)
+    for frame, letter in enumerate("bugs"):
+        probs[frame, BUNNY_LABELS.index(letter)] = 0.99
+    probs[4:, 0], probs[4:, 7] = space, 0.99 - space
+    own, other = (
+        module.build_ctcdecoder(BUNNY_LABELS, path, alpha=0.6).decode_beams(np.log(probs)) for module in (ours, theirs)
+    )
+    assert_same_beams(own, other)
+    assert_same_frames(own, other)
 
 
 def test_word_pieces_equal_pyctcdecode(theirs: Any) -> None:
@@ -158,7 +180,7 @@ def test_stored_lines_equal_pyctcdecode(theirs: Any) -> None:
         logits = log_softmax(line.astype(np.float64))
         own, other = (decoder.decode_beams(logits) for decoder in decoders)
         assert_same_beams(own, other)
-        assert_near_frames(own[0].text_frames, other[0][2])
+        assert_same_frames(own, other)
 
 
 def test_stateful_decoding_equals_pyctcdecode(theirs: Any) -> None:
@@ -169,6 +191,7 @@ def test_stateful_decoding_equals_pyctcdecode(theirs: Any) -> None:
         first = decoder.decode_beams(bunny_logits("bugs", "bugs"))[0]
         beams.append(decoder.decode_beams(bunny_logits(), lm_start_state=first[1]))
     assert_same_beams(*beams)
+    assert_same_frames(*beams)
     assert isinstance(beams[0][0].last_lm_state, int)
 
 
@@ -225,6 +248,62 @@ def test_alphabets_equal_pyctcdecode(theirs: Any, labels: list[str]) -> None:
     own, other = ours.Alphabet.build_alphabet(labels), theirs.Alphabet.build_alphabet(labels)
     assert (own.labels, own.is_bpe) == (other.labels, other.is_bpe)
     assert ours.Alphabet.loads(own.dumps()).labels == own.labels
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_saved_decoders_are_read_by_both_libraries(theirs: Any, with_lm: bool, tmp_path: Path) -> None:
+    path = str(shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")) if with_lm else None
+    arguments: dict[str, Any] = {"alpha": 0.8, "beta": 0.25, "unk_score_offset": -3.0} if with_lm else {}
+    logits = random_logits(5, 40, len(BUNNY_LABELS))
+    for writer in (ours, theirs):
+        decoder = writer.build_ctcdecoder(BUNNY_LABELS, path, **arguments)
+        folder = tmp_path / writer.__name__
+        folder.mkdir()
+        decoder.save_to_dir(str(folder))
+        own, other = (module.BeamSearchDecoderCTC.load_from_dir(str(folder)) for module in (ours, theirs))
+        assert_same_beams(own.decode_beams(logits), decoder.decode_beams(logits))
+        assert_same_beams(other.decode_beams(logits), decoder.decode_beams(logits))
+
+
+def test_saved_tables_and_packed_files_are_written_as_arpa(tmp_path: Path) -> None:
+    import gzip
+
+    path = shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")
+    packed = tmp_path / "lm.arpa.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    logits = random_logits(6, 30, len(BUNNY_LABELS))
+    wanted = ours.build_ctcdecoder(BUNNY_LABELS, path, ["bugs"]).decode_beams(logits)
+    ours.build_ctcdecoder(BUNNY_LABELS, packed, ["bugs"]).save_to_dir(tmp_path / "new" / "folder")
+    assert (tmp_path / "new/folder/language_model/lm.arpa").is_file()
+    assert_same_beams(ours.BeamSearchDecoderCTC.load_from_dir(tmp_path / "new/folder").decode_beams(logits), wanted)
+
+
+def test_broken_decoder_folders_are_refused(tmp_path: Path) -> None:
+    load = ours.BeamSearchDecoderCTC.load_from_dir
+    with pytest.raises(ModelError, match=r"alphabet\.json cannot be read"):
+        load(tmp_path)
+    ours.build_ctcdecoder(BUNNY_LABELS, shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")).save_to_dir(tmp_path)
+    folder = tmp_path / "language_model"
+    attributes = (folder / "attrs.json").read_text(encoding="utf-8")
+    for bad in ("{", "[]", "{}", attributes.replace("true", "3"), attributes.replace("0.5", "NaN")):
+        (folder / "attrs.json").write_text(bad, encoding="utf-8")
+        with pytest.raises(ModelError, match=r"attrs\.json"):
+            load(tmp_path)
+    (folder / "attrs.json").write_text(attributes, encoding="utf-8")
+    (folder / "bugs_bunny_kenlm.arpa").rename(folder / "lm.bin")
+    with pytest.raises(ModelError, match="KenLM binaries"):
+        load(tmp_path)
+    (folder / "other").write_text("", encoding="utf-8")
+    with pytest.raises(ModelError, match="one ARPA file"):
+        load(tmp_path)
+    (folder / "unigrams.txt").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="unigrams"):
+        load(tmp_path)
+    for bad in ("{}", "{", '{"labels": 3, "is_bpe": false}', '{"labels": [3], "is_bpe": false}'):
+        with pytest.raises(VocabularyError, match="stored alphabet"):
+            ours.Alphabet.loads(bad)
+    with pytest.raises(InvalidArgumentError, match="one ARPA file"):
+        ours.MultiLanguageModel([])
 
 
 def test_bad_input_is_refused() -> None:

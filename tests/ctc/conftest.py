@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shallowfusion.ctc.device_search import DeviceCtcSearch
 from shallowfusion.ctc.results import CtcResult
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.search_reference import ReferenceCtcSearch
@@ -19,6 +20,12 @@ SHARED_CTC = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "c
 
 @pytest.fixture(params=[CtcSearch, ReferenceCtcSearch], ids=["native", "reference"])
 def search_class(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@pytest.fixture(params=[CtcSearch, ReferenceCtcSearch, DeviceCtcSearch], ids=["native", "reference", "device"])
+def any_search_class(request: pytest.FixtureRequest) -> type:
+    """The search in torch too, for what needs no words."""
     return request.param
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from shallowfusion import fusion
+from shallowfusion.ctc.backends import SearchChooser
 from shallowfusion.ctc.decoder import CTCDecoder
+from shallowfusion.ctc.device_search import DeviceCtcSearch
 from shallowfusion.ctc.settings import CtcLanguage, CtcOptions
 from shallowfusion.errors import AcousticScoresError, InvalidArgumentError, ModelError
 from tests.ctc.conftest import LIBRI_LABELS, LIBRI_TEXT, libri, random_log_probs, shared_file
@@ -60,6 +62,28 @@ def test_an_empty_text_keeps_its_score() -> None:
     assert hypothesis.text == ""
     assert hypothesis.token_ids == ()
     assert sum(token.parts["asr"] for token in hypothesis.tokens) == pytest.approx(hypothesis.total)
+
+
+def test_the_backend_is_chosen_by_the_scores_and_the_settings(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = CTCDecoder(LIBRI_LABELS, blank="", delimiter=" ")
+    batch = torch.from_numpy(libri()).float()[None]
+    results = [decoder.decode(batch, beam_size=12, backend=backend)[0] for backend in ("auto", "native", "device")]
+    for result in results:
+        assert result.text == LIBRI_TEXT
+        assert result.best.total == pytest.approx(results[0].best.total, abs=1e-8)
+    chooser, native = SearchChooser(), decoder.search(beam_size=12, backend="auto")
+    there = torch.empty((1, 3, 29), device="meta")
+    assert chooser.choose(native, batch) is native
+    assert isinstance(chooser.choose(native, there), DeviceCtcSearch)
+    assert chooser.choose(native, there) is chooser.choose(native, there)
+    with caplog.at_level("INFO"):
+        wordy = decoder.search(beam_size=12, word_bonus=1.0)
+        assert chooser.choose(wordy, there) is wordy
+    assert "length_bonus" in caplog.text
+    with pytest.raises(InvalidArgumentError, match="length_bonus"):
+        decoder.decode(batch, word_bonus=1.0, backend="device")
+    with pytest.raises(InvalidArgumentError, match="backend"):
+        decoder.decode(batch, backend="gpu")
 
 
 def test_bad_input_is_refused() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion import _native
+from shallowfusion.ctc.device_search import DeviceCtcSearch
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.search_reference import ReferenceCtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
@@ -53,8 +54,8 @@ def spoiled(kind: str) -> np.ndarray:
         ("empty", "utterance 1 .* no frames"),
     ],
 )
-def test_a_bad_utterance_fails_alone(search_class: type, kind: str, words: str) -> None:
-    search = search_class(LETTERS)
+def test_a_bad_utterance_fails_alone(any_search_class: type, kind: str, words: str) -> None:
+    search = any_search_class(LETTERS)
     results = searched(search, spoiled(kind), 4, [8, 0 if kind == "empty" else 8, 8])
     assert isinstance(results[1].error, AcousticScoresError)
     with pytest.raises(AcousticScoresError, match=words):
@@ -64,8 +65,8 @@ def test_a_bad_utterance_fails_alone(search_class: type, kind: str, words: str) 
         assert_same(results[number], searched(search, random_log_probs(0, (3, 8, 6))[number][None], 4)[0])
 
 
-def test_a_failed_utterance_stays_failed_while_others_go_on(search_class: type) -> None:
-    search = search_class(LETTERS)
+def test_a_failed_utterance_stays_failed_while_others_go_on(any_search_class: type) -> None:
+    search = any_search_class(LETTERS)
     state = search.begin(3)
     search.step(state, spoiled("nan"))
     search.step(state, random_log_probs(1, (3, 4, 6)))
@@ -91,8 +92,8 @@ BAD_ARRAYS: list[Any] = [
 
 
 @pytest.mark.parametrize("bad", BAD_ARRAYS, ids=lambda bad: f"{type(bad).__name__}{getattr(bad, 'shape', '')}")
-def test_bad_arrays_are_refused_and_change_nothing(search_class: type, bad: Any) -> None:
-    search = search_class(LETTERS)
+def test_bad_arrays_are_refused_and_change_nothing(any_search_class: type, bad: Any) -> None:
+    search = any_search_class(LETTERS)
     state = search.begin(2)
     with pytest.raises(InvalidArgumentError, match="log_probs"):
         search.step(state, bad)
@@ -100,8 +101,8 @@ def test_bad_arrays_are_refused_and_change_nothing(search_class: type, bad: Any)
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 4], [-1, 3], [3, 2.5], "33", [[3, 3]], [3, 2**70]])
-def test_bad_lengths_are_refused(search_class: type, lengths: Any) -> None:
-    search = search_class(LETTERS)
+def test_bad_lengths_are_refused(any_search_class: type, lengths: Any) -> None:
+    search = any_search_class(LETTERS)
     state = search.begin(2)
     with pytest.raises(InvalidArgumentError, match="lengths"):
         search.step(state, np.full((2, 3, 6), -2.0), lengths)
@@ -142,8 +143,8 @@ def test_options_of_words_need_words(search_class: type) -> None:
             search_class(LETTERS, options)
 
 
-def test_bad_counts_are_refused(search_class: type) -> None:
-    search = search_class(LETTERS)
+def test_bad_counts_are_refused(any_search_class: type) -> None:
+    search = any_search_class(LETTERS)
     for bad in (-1, 1.5, None, 10**9):
         with pytest.raises(InvalidArgumentError):
             search.begin(bad)
@@ -171,9 +172,9 @@ def layouts(log_probs: np.ndarray) -> dict[str, Any]:
     }
 
 
-def test_any_layout_is_understood(search_class: type) -> None:
+def test_any_layout_is_understood(any_search_class: type) -> None:
     log_probs = random_log_probs(5, (2, 7, 6))
-    search = search_class(WORDS)
+    search = any_search_class(WORDS)
     expected = searched(search, log_probs, 3)
     for layout in layouts(log_probs).values():
         for one, other in zip(searched(search, layout, 3), expected, strict=True):
@@ -181,11 +182,11 @@ def test_any_layout_is_understood(search_class: type) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, torch.float16, torch.bfloat16])
-def test_half_scores_equal_their_float32_values(search_class: type, dtype: Any) -> None:
+def test_half_scores_equal_their_float32_values(any_search_class: type, dtype: Any) -> None:
     log_probs = random_log_probs(6, (2, 7, 6))
     half = torch.from_numpy(log_probs).to(dtype) if isinstance(dtype, torch.dtype) else log_probs.astype(dtype)
     full = half.float().numpy() if isinstance(half, torch.Tensor) else half.astype(np.float32)
-    search = search_class(WORDS)
+    search = any_search_class(WORDS)
     for one, other in zip(searched(search, half, 3), searched(search, full, 3), strict=True):
         assert_same(one, other)
 
@@ -235,10 +236,10 @@ def test_long_recordings_forget_what_they_no_longer_need() -> None:
     assert (times[1:, 0] >= times[:-1, 1]).all()
 
 
-def test_very_unlikely_frames_do_not_underflow(search_class: type) -> None:
+def test_very_unlikely_frames_do_not_underflow(any_search_class: type) -> None:
     log_probs = np.full((1, 300, 6), -60.0, np.float32)
     log_probs[:, :, 0] = -50.0
-    result = searched(search_class(LETTERS, CtcOptions(beam_size=3)), log_probs)[0]
+    result = searched(any_search_class(LETTERS, CtcOptions(beam_size=3)), log_probs)[0]
     assert result.best.text == ""
     assert result.best.total == pytest.approx(-50.0 * 300, rel=1e-6)
 
@@ -311,5 +312,79 @@ def test_the_binding_never_crashes(data: st.DataObject) -> None:
         counts = np.array(draw(st.lists(st.integers(-1, 4), max_size=3)), np.int64)
         state.step(log_probs=array, counts=counts, threads=draw(st.integers(-1, 3)))
         state.results(n_best=draw(st.integers(-1, 4)), ended=draw(st.booleans()), threads=1)
+    except (ShallowFusionError, TypeError, ValueError, UnicodeEncodeError):
+        pass
+
+
+SPOILS = {
+    "nan": lambda own, frame, label: own.__setitem__((frame, label), math.nan),
+    "infinite": lambda own, frame, label: own.__setitem__((frame, label), math.inf),
+    "impossible": lambda own, frame, label: own.__setitem__(frame, -math.inf),
+    "probabilities": lambda own, frame, label: np.exp(own, out=own),
+    "positive": lambda own, frame, label: own.__setitem__((frame, label), 3.0),
+    "nothing": lambda own, frame, label: None,
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([CtcSearch, ReferenceCtcSearch, DeviceCtcSearch]),
+    st.lists(
+        st.tuples(st.sampled_from(sorted(SPOILS)), st.integers(0, 6), st.integers(0, 5), st.integers(0, 7)),
+        min_size=1, max_size=5,
+    ),
+    st.integers(0, 1000),
+    st.sampled_from([{}, {"blank_skip": 0.3}, {"beam_size": 1, "top_labels": 1}, {"merge": "max", "beam_margin": 2.0}]),
+)  # fmt: skip
+def test_whatever_is_wrong_with_some_utterances_the_others_are_unharmed(
+    kind: type, utterances: list[tuple[str, int, int, int]], seed: int, chosen: dict[str, Any]
+) -> None:
+    search = kind(WORDS, CtcOptions(**{"beam_size": 4, **chosen}))
+    log_probs = random_log_probs(seed, (len(utterances), 7, 6))
+    for own, (spoil, frame, label, _) in zip(log_probs, utterances, strict=True):
+        SPOILS[spoil](own, frame, label)
+    lengths = [length for *_, length in utterances]
+    together = searched(search, log_probs, 3, lengths)
+    for own, length, (spoil, frame, _, _), result in zip(log_probs, lengths, utterances, together, strict=True):
+        (alone,) = searched(search, own[None, :length], 3)
+        assert_same(alone, result, 1e-9)
+        is_bad = length == 0 or (spoil == "probabilities") or (spoil != "nothing" and frame < length)
+        assert (result.error is not None) >= is_bad
+        if result.error is not None:
+            assert isinstance(result.error, AcousticScoresError)
+            assert result.hypotheses == ()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_binding_never_crashes_with_a_table(data: st.DataObject) -> None:
+    """Any numbers for words, states and weights of a language model."""
+    draw = data.draw
+    number = st.floats(-1e3, 0.0, width=32)
+    count = draw(st.integers(1, 4))
+    orders = [(np.arange(count, dtype=np.int32)[:, None], *(np.array(
+        [draw(number) for _ in range(count)], np.float32) for _ in range(2)))]  # fmt: skip
+    special = [draw(st.integers(-1, 4)) for _ in range(3)]
+    try:
+        table = _native.NgramTable(
+            num_words=count, orders=orders, begin_word=special[0], end_word=special[1], unknown_word=special[2]
+        )
+        arrays = table.arrays()
+        assert [len(array) for array in arrays] == [count + 1, count + 2, *[count + 1] * 4]
+        language = _native.CtcLanguage()
+        for name in ("weight", "word_bonus", "label_bonus", "unknown_word", "unknown_prefix"):
+            setattr(language, name, draw(st.floats()))
+        language.score_end, language.score_empty_word = draw(st.booleans()), draw(st.booleans())
+        words = st.tuples(st.text(max_size=2), st.integers(-1, 5), st.booleans())
+        lexicon = _native.CtcLexicon(words=draw(st.lists(words, max_size=3))) if draw(st.booleans()) else None
+        language.set_table(table=table, lexicon=lexicon)
+        rules = _native.CtcRules(blank=0, delimiter=draw(st.integers(-1, 3)), beam_size=draw(st.integers(1, 9)))
+        rules.last_times, rules.merge_texts = draw(st.booleans()), draw(st.booleans())
+        label = st.tuples(st.text(max_size=2), st.booleans(), st.booleans(), st.integers(-1, 5))
+        search = _native.CtcSearch(labels=[draw(label) for _ in range(6)], rules=rules, language=language)
+        state = search.begin(start_states=[draw(st.integers(-1, 9)), 0])
+        scores = np.array(draw(st.lists(st.floats(width=32), min_size=36, max_size=36)), np.float32)
+        state.step(log_probs=scores.reshape(2, 3, 6), counts=np.array([3, 2]), threads=2)
+        state.results(n_best=3, ended=draw(st.booleans()), threads=1)
     except (ShallowFusionError, TypeError, ValueError, UnicodeEncodeError):
         pass

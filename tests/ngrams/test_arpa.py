@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -192,10 +193,9 @@ def test_unusual_files_are_left_to_the_reader_in_python(tmp_path: Path, caplog: 
         assert read_plain_arpa(GOOD.replace("ngram 3=1", huge).encode()) is None
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_mutated_files_load_or_raise_our_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    text = bytearray(GOOD.encode())
+def mutated(data: st.DataObject, original: bytes) -> bytes:
+    """The text with up to four cuts, gaps, pieces of junk and lines said twice."""
+    text = bytearray(original)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(text)))
         kind = data.draw(st.sampled_from(["cut", "drop", "insert", "overwrite", "line"]))
@@ -210,16 +210,49 @@ def test_mutated_files_load_or_raise_our_error(tmp_path_factory: pytest.TempPath
         else:
             junk = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"\n", b"\t", b"1e999", b"-inf", b"9"])))
             text[place : place + (len(junk) if kind == "overwrite" else 0)] = junk
-    assert_readers_agree(bytes(text))
+    return bytes(text)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_mutated_files_load_or_raise_our_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    text = mutated(data, GOOD.encode())
+    assert_readers_agree(text)
     path = tmp_path_factory.mktemp("mutated") / "lm.arpa"
-    path.write_bytes(bytes(text))
+    path.write_bytes(text)
+    wanted, table, message = "", None, ""
     try:
         table = NgramTable.from_arpa(path)
-    except (ModelError, InvalidArgumentError):
+    except ModelError as error:
+        wanted, message = "lm.arpa, line ", str(error)
+    except InvalidArgumentError as error:  # the form is right, but an n-gram is there twice
+        wanted, message = "twice", str(error)
+    assert wanted in message
+    if table is None:
         return
     scores = word_log_probs(table, ["dé", "b", "neverheardof"])
     assert not np.isnan(scores).any()
     assert table.dense([table.start_state]).shape == (1, len(table.model.words))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(["ctc/parlance/test.arpa", "ctc/pyctcdecode/bugs_bunny_kenlm.arpa"]))
+def test_mutated_real_files_name_the_line_in_both_readers(data: st.DataObject, name: str) -> None:
+    shared_model(name)  # skips without the data
+    text = mutated(data, (SHARED_DATA / name).read_bytes())
+    assert_readers_agree(text)
+    message = ""
+    try:
+        words, orders = read_any_arpa(text, "lm.arpa")
+    except ModelError as error:
+        message = str(error)
+    if message:
+        place = re.match(r"lm\.arpa, line (\d+): got .*, wanted .*; .*\.$", message, re.DOTALL)
+        assert place is not None, message
+        assert 0 <= int(place[1]) <= len(text.split(b"\n")) + 1
+        return
+    assert all(ngrams.words.max(initial=0) < len(words) for ngrams in orders)
+    assert all(np.isfinite(ngrams.back_offs).all() for ngrams in orders)
 
 
 @pytest.mark.parametrize("name", ARPA_FILES)

@@ -1,0 +1,291 @@
+"""One frame of the CTC search for a whole batch: torch operations of fixed shapes, no synchronisation, any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
+from shallowfusion.ngrams.device_table import DeviceNgramTable
+
+__all__ = ["Beam", "DeviceRules", "Frame", "Trail", "advance", "fresh_beam"]
+
+HASH_FACTOR = 6364136223846793005  # of a linear congruence modulo 2^64
+DEAD_HASH = -0x61C8864680B583EB  # of places without a prefix
+IMPOSSIBLE = -math.inf
+
+
+@dataclass
+class Beam:
+    """The prefixes of every utterance, best first: tensors [utterances, beam_size].
+
+    A prefix is known by the rolling hash of its labels, 64 bits: two different prefixes of one utterance are taken for
+    one with a probability of about (prefixes looked at)^2 / 2^65, below 1e-8 for 100,000 of them.
+
+    Args:
+        blank, label: float64, log of the mass of alignments that end in a blank, in the last label; with `fused`.
+        blank_best, label_best: float64, of the best alignment alone.
+        fused: float64, weighted language log-prob and bonuses.
+        lm: float64, language log-prob.
+        lm_state: int64.
+        hash, parent_hash: int64, of the labels, of all but the last.
+        last: int64, the last label, -1 = no label.
+    """
+
+    blank: Tensor
+    label: Tensor
+    blank_best: Tensor
+    label_best: Tensor
+    fused: Tensor
+    lm: Tensor
+    lm_state: Tensor
+    hash: Tensor
+    parent_hash: Tensor
+    last: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, entry.name) for entry in fields(self)]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame of a `FrameBlock`, tensors without the first axis."""
+
+    log_probs: Tensor
+    labels: Tensor
+    values: Tensor
+    blank: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Trail:
+    """Where the best alignments of a frame's prefixes come from.
+
+    Args:
+        codes: int32 [utterances, beam_size, 2], for endings in blank and label: ((place in the beam before) * 2 +
+            ending there) * 2 + whether a label begins.
+        last: int32 [utterances, beam_size], the last label, -1 = none, -2 = a place without a prefix.
+    """
+
+    codes: Tensor
+    last: Tensor
+
+
+class DeviceRules:
+    """What a search maximises and which pairs of prefix and label it looks at, as tensors.
+
+    Without a language model the increments of a label are those of all prefixes alike. Then prefix i (from 0, best
+    first) with the j-th best label is behind (i + 1) * (j + 1) - 1 other pairs, save up to `exceptions` of each prefix:
+    its last label, the blank, a delimiter at a boundary. Pairs with beam_size such pairs before them are left out:
+    about beam_size * (4 + log(beam_size)) of beam_size * labels remain, and no result changes.
+
+    Args:
+        device: where the tensors are.
+        table: an n-gram model of labels, `label_words` its word for each label; None = none.
+    """
+
+    def __init__(
+        self,
+        alphabet: CtcAlphabet,
+        options: CtcOptions,
+        device: torch.device,
+        table: DeviceNgramTable | None = None,
+        label_words: list[int] | None = None,
+    ) -> None:
+        num_labels, beam_size, top_labels = len(alphabet.labels), options.beam_size, options.top_labels
+        self.beam_size = beam_size
+        self.delimiter = -1 if alphabet.delimiter is None else alphabet.delimiter
+        self.margin = math.inf if options.beam_margin is None else float(options.beam_margin)
+        self.length_bonus, self.lm_weight, self.table = options.length_bonus, options.lm_weight, table
+        self.device, self.use_max = device, options.merge == "max"
+        self.add: Callable[[Tensor, Tensor], Tensor] = torch.maximum if self.use_max else torch.logaddexp
+        exceptions = 2 if self.delimiter < 0 else 3
+        top = num_labels if top_labels is None else min(top_labels, num_labels)
+        self.looked_at = top if table is not None else min(top, beam_size + exceptions)
+        pairs = [(i, -1) for i in range(beam_size)]
+        numbers = list(range(beam_size))  # of stays; pairs are numbered behind them
+        for i in range(beam_size):
+            for j in range(self.looked_at):
+                if table is None and (i + 1) * (j + 1 - exceptions) > beam_size:
+                    break
+                numbers.append(len(numbers))
+                pairs.append((i, j))
+        order = sorted(numbers, key=lambda number: pairs[number])
+        self.order = torch.tensor(order, device=device)
+        self.prefixes = torch.tensor([i for i, j in pairs if j >= 0], dtype=torch.int64, device=device)
+        self.ranks = torch.tensor([j for _, j in pairs if j >= 0], dtype=torch.int64, device=device)
+        self.label_words = torch.tensor(label_words or [0] * num_labels, dtype=torch.int64, device=device)
+
+
+def fresh_beam(lm_states: Tensor, beam_size: int) -> Beam:
+    """The empty prefix in every first place, nothing in the others; `lm_states` int64 [utterances]."""
+    shape = (len(lm_states), beam_size)
+    doubles = torch.zeros(shape, dtype=torch.float64, device=lm_states.device)
+    integers = torch.zeros(shape, dtype=torch.int64, device=lm_states.device)
+    impossible = torch.full_like(doubles, IMPOSSIBLE)
+    blank = impossible.clone()
+    blank[:, 0] = 0.0
+    hashes = torch.full_like(integers, DEAD_HASH)
+    hashes[:, 0] = 0
+    return Beam(
+        blank=blank, label=impossible, blank_best=blank.clone(), label_best=impossible.clone(),
+        fused=doubles, lm=doubles.clone(), lm_state=lm_states[:, None].repeat(1, beam_size),
+        hash=hashes, parent_hash=torch.full_like(integers, DEAD_HASH), last=torch.full_like(integers, -1),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Stays:
+    """The prefixes of the beam one frame on; `codes` as in `Trail`."""
+
+    blank: Tensor
+    label: Tensor
+    blank_best: Tensor
+    label_best: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Extensions:
+    """Pairs of prefix and label; tensors [utterances, pairs]. `rank` is -inf for those that are none."""
+
+    rank: Tensor
+    best: Tensor
+    label: Tensor
+    hash: Tensor
+    fused: Tensor
+    lm: Tensor | None
+    lm_state: Tensor | None
+    codes: Tensor
+
+
+def advance(beam: Beam, frame: Frame, rules: DeviceRules) -> tuple[Beam, Trail]:
+    """The beam after one more frame; utterances whose frame number is -1 keep theirs.
+
+    Reads per utterance the beam, the frame's sorted labels and one log-prob per prefix.
+    """
+    both = rules.add(beam.blank, beam.label)
+    ordered, places = beam.hash.sort(dim=1)
+    stays = _stays(beam, both, frame, rules, ordered, places)
+    extensions = _extensions(beam, both, frame, rules, ordered)
+    stay_rank = rules.add(stays.blank, stays.label)
+    ranks = torch.cat([stay_rank, extensions.rank], 1).index_select(1, rules.order)
+    ranks, chosen = ranks.sort(dim=1, descending=True, stable=True)
+    ranks, chosen = ranks[:, : rules.beam_size], rules.order[chosen[:, : rules.beam_size]]
+    is_live = (ranks > IMPOSSIBLE) & (ranks >= ranks[:, :1] - rules.margin)
+    return _chosen(beam, frame, rules, stays, extensions, chosen, is_live)
+
+
+def _found(ordered: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where hashes lie among sorted ones, and whether they do."""
+    place = torch.searchsorted(ordered, wanted).clamp_(max=ordered.shape[1] - 1)
+    return place, ordered.gather(1, place) == wanted
+
+
+def _stays(beam: Beam, both: Tensor, frame: Frame, rules: DeviceRules, ordered: Tensor, places: Tensor) -> Stays:
+    """A blank, the last label again, or the parent's extension by it."""
+    is_root = beam.last < 0
+    again = frame.log_probs.gather(1, beam.last.masked_fill(is_root, max(rules.delimiter, 0))).double()
+    is_boundary = torch.zeros_like(is_root)
+    if rules.delimiter >= 0:
+        is_boundary = is_root | (beam.last == rules.delimiter)
+    else:
+        again = again.masked_fill(is_root, IMPOSSIBLE)
+    own = torch.arange(beam.last.shape[1], device=beam.last.device).expand_as(beam.last)
+    label_wins = beam.label_best > beam.blank_best
+    blank = both + frame.blank[:, None]
+    blank_best = torch.where(label_wins, beam.label_best, beam.blank_best) + frame.blank[:, None]
+    blank_code = (own * 2 + label_wins) * 2
+    from_blank = is_boundary & ~label_wins & (beam.blank_best > beam.label_best)
+    label = torch.where(is_boundary, both, beam.label) + again
+    label_best = torch.where(from_blank, beam.blank_best, beam.label_best) + again
+    label_code = (own * 2 + ~from_blank) * 2
+    place, is_there = _found(ordered, beam.parent_hash)
+    is_there = is_there & ~is_root
+    parent = places.gather(1, place)
+    repeats = beam.last.gather(1, parent) == beam.last
+    factor = again + beam.fused - beam.fused.gather(1, parent)
+    above_label, above_blank = beam.label_best.gather(1, parent), beam.blank_best.gather(1, parent)
+    above_wins = ~repeats & (above_label > above_blank)
+    mass = torch.where(repeats, beam.blank.gather(1, parent), both.gather(1, parent)) + factor
+    best = torch.where(above_wins, above_label, above_blank) + factor
+    label = rules.add(label, mass.masked_fill(~is_there, IMPOSSIBLE))
+    begins = is_there & (best > label_best)
+    label_best = torch.where(begins, best, label_best)
+    label_code = torch.where(begins, (parent * 2 + above_wins) * 2 + 1, label_code)
+    return Stays(blank, label, blank_best, label_best, torch.stack([blank_code, label_code], 2))
+
+
+def _extensions(beam: Beam, both: Tensor, frame: Frame, rules: DeviceRules, ordered: Tensor) -> Extensions:
+    prefixes = rules.prefixes
+    label, value = frame.labels.index_select(1, rules.ranks), frame.values.index_select(1, rules.ranks)
+    last = beam.last.index_select(1, prefixes)
+    repeats = label == last
+    hashes = beam.hash.index_select(1, prefixes) * HASH_FACTOR + 1 + label
+    mass = torch.where(repeats, beam.blank.index_select(1, prefixes), both.index_select(1, prefixes)) + value
+    label_best, blank_best = beam.label_best.index_select(1, prefixes), beam.blank_best.index_select(1, prefixes)
+    label_wins = ~repeats & (label_best > blank_best)
+    best = torch.where(label_wins, label_best, blank_best) + value
+    is_none = _found(ordered, hashes)[1]  # in the beam already: its parent's part is in its stay
+    if rules.delimiter >= 0:
+        is_none = is_none | ((label == rules.delimiter) & ((last < 0) | (last == rules.delimiter)))
+    increment: Tensor | float = rules.length_bonus
+    lm, lm_state = None, None
+    if rules.table is not None:
+        states = beam.lm_state.index_select(1, prefixes).reshape(-1)
+        scored, after = rules.table.score(states, rules.label_words[label].reshape(-1))
+        lm, lm_state = scored.double().view_as(mass), after.view_as(label)
+        increment = rules.lm_weight * lm + rules.length_bonus
+    fused = beam.fused.index_select(1, prefixes) + increment
+    rank = (mass + increment).masked_fill(is_none, IMPOSSIBLE)
+    return Extensions(
+        rank, best + increment, label, hashes, fused, lm, lm_state, (prefixes * 2 + label_wins) * 2 + 1
+    )  # fmt: skip
+
+
+def _chosen(
+    beam: Beam, frame: Frame, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor, is_live: Tensor
+) -> tuple[Beam, Trail]:
+    size = rules.beam_size
+    is_stay = chosen < size
+    pair = (chosen - size).clamp_(min=0)
+    parent = torch.where(is_stay, chosen, rules.prefixes[pair])
+    is_dead = ~is_live
+
+    def either(stay: Tensor, extension: Tensor) -> Tensor:
+        return torch.where(is_stay, stay.gather(1, parent), extension.gather(1, pair))
+
+    def mass(stay: Tensor, extension: Tensor | None) -> Tensor:
+        value = stay.gather(1, parent)
+        other = value.masked_fill(~is_stay, IMPOSSIBLE) if extension is None else either(stay, extension)
+        return other.masked_fill(is_dead, IMPOSSIBLE)
+
+    lm, lm_state = beam.lm.gather(1, parent), beam.lm_state.gather(1, parent)
+    if extensions.lm is not None and extensions.lm_state is not None:
+        lm = lm + extensions.lm.gather(1, pair).masked_fill(is_stay, 0.0)
+        lm_state = either(beam.lm_state, extensions.lm_state)
+    parent_hash = torch.where(is_stay, beam.parent_hash.gather(1, parent), beam.hash.gather(1, parent))
+    new = Beam(
+        blank=mass(stays.blank, None),
+        label=mass(stays.label, extensions.rank),
+        blank_best=mass(stays.blank_best, None),
+        label_best=mass(stays.label_best, extensions.best),
+        fused=either(beam.fused, extensions.fused),
+        lm=lm,
+        lm_state=lm_state,
+        hash=either(beam.hash, extensions.hash).masked_fill(is_dead, DEAD_HASH),
+        parent_hash=parent_hash.masked_fill(is_dead, DEAD_HASH),
+        last=either(beam.last, extensions.label),
+    )
+    is_active = (frame.numbers >= 0)[:, None]
+    kept = [torch.where(is_active, one, other) for one, other in zip(new.tensors(), beam.tensors(), strict=True)]
+    blank_code = stays.codes[..., 0].gather(1, parent)
+    label_code = either(stays.codes[..., 1], extensions.codes)
+    last = kept[-1].masked_fill(is_dead & is_active, -2)
+    trail = Trail(torch.stack([blank_code, label_code], 2).int(), last.int())
+    return Beam(*kept), trail
