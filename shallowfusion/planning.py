@@ -16,7 +16,7 @@ from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
-from shallowfusion.phrases.patterns import patterns, spread
+from shallowfusion.phrases.patterns import patterns, spread, whole_words
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.byte_bridge import ByteBridge
 from shallowfusion.scorers.fingerprints import fingerprint
@@ -55,7 +55,7 @@ class SearchPlanner:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
-        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
+        self._last_phrases: tuple[tuple[dict[str, float], bool], PhraseAutomaton] | None = None
         bridged = self.language_models if lm_bridge is not None else ()
         self._bridges = Bridges(acoustic.scorer.vocabulary, bridged, lm_bridge)
 
@@ -199,23 +199,28 @@ class SearchPlanner:
                 not include_end,
                 tokens.end,
             ),
-            phrases=self._phrases(options.weighted_hotwords()),
+            phrases=self._phrases(options.weighted_hotwords(), options.hotwords_inside_words),
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
 
-    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
+    def _phrases(self, hotwords: dict[str, float], inside_words: bool) -> PhraseAutomaton | None:
         """The automaton of the hotwords; the one of the call before if they are the same."""
         if not hotwords:
             return None
-        if self._last_phrases is None or self._last_phrases[0] != hotwords:
-            encode = self.acoustic.tokenizer.encode
-
-            def segment(text: str) -> list[list[int]]:
-                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
-
-            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
+        if self._last_phrases is None or self._last_phrases[0] != (hotwords, inside_words):
+            pieces = self.acoustic.scorer.vocabulary.tokens
+            found = spread(patterns(hotwords, self._spellings))
+            automaton = PhraseAutomaton(found if inside_words else whole_words(found, pieces))
+            self._last_phrases = (hotwords, inside_words), automaton
         return self._last_phrases[1]
+
+    def _spellings(self, text: str) -> list[list[int]]:
+        """A phrase in tokens, with a space in front and without; none that spells another text."""
+        encode, pieces = self.acoustic.tokenizer.encode, self.acoustic.scorer.vocabulary.tokens
+        wanted = text.strip()
+        found = [encode(start + wanted, add_special_tokens=False) for start in (" ", "")]
+        return [ids for ids in found if b"".join(pieces[i] or b"" for i in ids).strip() == wanted.encode()]
 
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
         given = options.suppress_tokens
