@@ -28,11 +28,12 @@ from shallowfusion.evaluation.word_errors import word_errors
 from shallowfusion.fusion import Rule
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.slots import SlotPlan, decoder_cache
+from shallowfusion.search.bridging import LmBridge
 
 __all__ = ["BurdenedLM", "main", "run"]
 
 BATCH = 20
-TIMED_CLIPS = 10
+TIMED_CLIPS, TURNS = 5, 2
 AGAINST = "at every token"  # at the smallest beam
 COLUMNS = (
     "system", "rule", "beam_size", "utterances", "words", "errors", "wer", "seconds_per_clip", "llm_calls",
@@ -74,23 +75,27 @@ class System:
     Args:
         family: one line of the picture.
         models: which language models of the bench: "own" (acoustic tokens), "other" (byte pairs), "pieces" (6-gram).
+        bridge: how a model on other tokens is asked at every token.
     """
 
     family: str
     models: tuple[str, ...]
     rule: Rule
     beam_size: int
+    bridge: LmBridge | None = None
 
 
 def systems() -> list[System]:
     found = [System("acoustic model alone", (), fusion.static(()), 5)]
-    for beam in (5, 10):
-        found.append(System("at every token", ("own",), fusion.static(0.8), beam))
-        found.append(System("at every token, with 6-gram", ("own", "pieces"), fusion.static([0.5, 0.3]), beam))
-        found += [System("delayed", ("other",), fusion.delayed(0.8, interval=i), beam) for i in (4, 16)]
-        for interval in (2, 4, 8, 16, 32):
+    for beam in (5, 10, 20):
+        found.append(System(AGAINST, ("own",), fusion.static(0.8), beam))
+        if beam < 20:
+            found.append(System("at every token, with 6-gram", ("own", "pieces"), fusion.static([0.5, 0.3]), beam))
+        found.append(System("delayed", ("other",), fusion.delayed(0.8, interval=16), beam))
+        for interval in (4, 8, 16):
             rule = fusion.delayed(0.8, interval=interval, proxy_weight=0.6)
             found.append(System("delayed, 6-gram stands in", ("other", "pieces"), rule, beam))
+    found.append(System("at every token, by bytes", ("other",), fusion.static(0.8), 5, "bytes"))
     found.append(System("6-gram of pieces", ("pieces",), fusion.static(0.6), 5))
     found.append(System("rescoring of the 20 best", ("other",), fusion.delayed(0.6, "interval", None), 20))
     return found
@@ -159,7 +164,10 @@ def prepare(data: Path, work: Path) -> None:
         command(["build-ngram", str(work / "medical.txt"), "--out", str(work / "words3.arpa")])
 
 
-def decoders(work: Path, burden: Any | None) -> dict[tuple[str, ...], FusionDecoder]:
+Key = tuple[tuple[str, ...], LmBridge | None]
+
+
+def decoders(work: Path, burden: Any | None) -> dict[Key, FusionDecoder]:
     """One decoder per set of models; with a burden the neural language models cost as much as GPT-2 small."""
     from shallowfusion.demo.shipped import model_directory
     from shallowfusion.scorers.loading import load_language_model, load_whisper
@@ -172,7 +180,11 @@ def decoders(work: Path, burden: Any | None) -> dict[tuple[str, ...], FusionDeco
     }
     if burden is not None:
         models |= {key: BurdenedLM(models[key], burden) for key in ("own", "other")}
-    return {keys: FusionDecoder(acoustic, [models[key] for key in keys]) for keys in {own.models for own in systems()}}
+    keys = {(own.models, own.bridge) for own in systems()}
+    return {
+        (names, bridge): FusionDecoder(acoustic, [models[name] for name in names], lm_bridge=bridge)
+        for names, bridge in keys
+    }
 
 
 def rows_of(work: Path, clips: int) -> list[dict[str, object]]:
@@ -181,17 +193,22 @@ def rows_of(work: Path, clips: int) -> list[dict[str, object]]:
     chosen = read_manifest(work / "test")[:clips]
     light, heavy = decoders(work, None), decoders(work, gpt2_small())
     states = torch.cat(
-        [light[()].encode([c.path for c in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
+        [light[(), None].encode([c.path for c in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
     )
     few = states[:TIMED_CLIPS]
     turns = take_turns(
-        {str(i): lambda own=own: transcribed(heavy[own.models], few, own) for i, own in enumerate(systems())}, 3, 0
+        {
+            str(i): lambda own=own: transcribed(heavy[own.models, own.bridge], few, own)
+            for i, own in enumerate(systems())
+        },
+        TURNS,
+        0,
     )
     against = np.array(turns[str(next(i for i, own in enumerate(systems()) if own.family == AGAINST))])
     rows: list[dict[str, object]] = []
     for i, system in enumerate(systems()):
         start = time.perf_counter()
-        texts, counts = transcribed(light[system.models], states, system)
+        texts, counts = transcribed(light[system.models, system.bridge], states, system)
         seconds = (time.perf_counter() - start) / len(states)
         errors = word_errors([clip.text for clip in chosen], texts)
         own = np.array(turns[str(i)])

@@ -77,7 +77,7 @@ def training_lines(data: Path, sources: Sequence[str], images: Sequence[Line], l
 
 
 def make_models(data: Path, work: Path, minutes: float) -> None:
-    """Word 3-grams and character 8-grams of each domain and of both, and a small GPT of both, where they are missing."""
+    """Word 3-grams and character 8-grams of each domain and of both, a small GPT of both, where they are missing."""
     from bench.delayed_lm import train
 
     images, labels = read_images(data)

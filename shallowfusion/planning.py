@@ -18,7 +18,6 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread, whole_words
 from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.byte_bridge import ByteBridge
 from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
@@ -56,8 +55,7 @@ class SearchPlanner:
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self._last_phrases: tuple[tuple[dict[str, float], bool], PhraseAutomaton] | None = None
-        bridged = self.language_models if lm_bridge is not None else ()
-        self._bridges = Bridges(acoustic.scorer.vocabulary, bridged, lm_bridge)
+        self._bridges = Bridges(acoustic.scorer.vocabulary, self.language_models, lm_bridge)
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
@@ -82,11 +80,10 @@ class SearchPlanner:
             VocabularyError: a model's tokens differ from the acoustic model's, and the rule does not delay it.
         """
         require(
-            rule.delay is None or not self._bridges.languages,
+            rule.delay is None or not self._bridges.has_bytes,
             "a delayed rule re-tokenises the text itself, so it goes without lm_bridge; leave one of the two out.",
         )
-        known = self._bridges.shared if self._bridges.languages else self.language_models
-        for model in known[0 if rule.delay is None else 1 :]:
+        for model in self._bridges.shared[0 if rule.delay is None else 1 :]:
             token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
@@ -94,7 +91,7 @@ class SearchPlanner:
         if rule.delay is not None:
             return ()
         if not rule.lm_mixture:
-            return self._bridges.shared if self._bridges.languages else self.language_models
+            return self._bridges.shared
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
     def sources(
@@ -127,8 +124,8 @@ class SearchPlanner:
         names = tuple(name for name in self.names_under(rule) if name not in named)
         return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), late, rule)
 
-    def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[ByteBridge]:
-        if not self._bridges.languages:
+    def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[CandidateScorer]:
+        if not self._bridges.languages or rule.delay is not None:
             return []
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         temperatures = options.lm_temperatures(len(self.language_models))
@@ -170,7 +167,7 @@ class SearchPlanner:
         maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        loaded = len(maps) + len(self._bridges.languages)
+        loaded = len(self.language_models) if rule.delay else len(maps) + len(self._bridges.languages)
         temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
             maps.append(text_map(acoustic.vocabulary))

@@ -16,6 +16,7 @@ from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.ctc_head import CtcHead, load_ctc_head
 from shallowfusion.scorers.ngram import NgramScorer
 from shallowfusion.scorers.whisper import WhisperScorer
+from shallowfusion.scorers.word_ngram import WordLanguage, is_of_words
 from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LanguageModel = CausalLMScorer | NgramScorer
+LanguageModel = CausalLMScorer | NgramScorer | WordLanguage
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -125,17 +126,20 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> Causa
     return CausalLMScorer(model.to(device).eval(), vocabulary, tokenizer)
 
 
-def load_language_model(
-    name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype
-) -> CausalLMScorer | NgramScorer:
-    """An n-gram model of the acoustic model's pieces if the name ends in .arpa or .arpa.gz, else a causal LM.
+def load_language_model(name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """An n-gram model of acoustic pieces or of words if the name ends in .arpa or .arpa.gz, else a causal LM.
+
+    An n-gram model is taken for one of words if none of its words holds a space; pieces of a text do.
 
     Raises:
         ModelError: it cannot be loaded.
-        VocabularyError: an n-gram model of something else than the acoustic model's pieces.
+        VocabularyError: an n-gram model of neither the acoustic model's pieces nor words it can spell.
     """
     if is_arpa(name):
-        return NgramScorer(read_arpa(name), acoustic, device)
+        model = read_arpa(name)
+        if is_of_words(model, acoustic):
+            return WordLanguage(model, acoustic)
+        return NgramScorer(model, acoustic, device)
     return load_causal_lm(name, device, dtype)
 
 

@@ -18,6 +18,7 @@ from shallowfusion.fusion.rules import EndPolicy, Rule
 from shallowfusion.scorers.base import Context
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.token_trees import TokenTrees
+from shallowfusion.scorers.word_ngram import WordLanguage, WordNgramScorer
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.delayed import DelayedLM, DelayedTexts
@@ -78,7 +79,7 @@ def late_sources(
         return [delayed]
     proxy = _stand_in(given, rule.lm_weights[1], acoustic, context)
     if delay.proxy_form == "replace":
-        proxy = ReplacedProxy(proxy, delayed, is_late=False)
+        proxy = ReplacedProxy(proxy, delayed, is_late=isinstance(given.models[1], WordLanguage))
     return [delayed, proxy]
 
 
@@ -159,6 +160,10 @@ def _ids(mapping: Tensor | None, acoustic: Vocabulary, language: Vocabulary) -> 
 
 def _stand_in(given: DelayedModels, weight: float, acoustic: Vocabulary, context: Context) -> CandidateScorer:
     model = given.models[1]
+    if isinstance(model, WordLanguage):
+        ending: Any = given.end_policy
+        count = len(context.prompts)
+        return WordNgramScorer(model.words, acoustic.end_id, count, weight, given.names[1], model, ending)
     mapping = token_map(acoustic, model.vocabulary, include_end=given.end_policy == "lm")
     ids = _ids(mapping, acoustic, model.vocabulary)
     if given.end_policy != "lm":

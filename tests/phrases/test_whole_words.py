@@ -13,7 +13,23 @@ from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.automaton_reference import ReferencePhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread, whole_words
 
-PIECES = (b"art", b" art", b"he", b" he", b"a", b"r", b"t", b" ", b"-", b"s", b"'", b"he art", b" -", "\u4eac".encode(), None)
+PIECES = (
+    b"art",
+    b" art",
+    b"he",
+    b" he",
+    b"a",
+    b"r",
+    b"t",
+    b" ",
+    b"-",
+    b"s",
+    b"'",
+    b"he art",
+    b" -",
+    "\u4eac".encode(),
+    None,
+)
 IDS = {piece: token for token, piece in enumerate(PIECES) if piece is not None}
 
 
@@ -84,7 +100,8 @@ def test_phrases_of_several_words_and_scripts_without_spaces(automaton_class: ty
 
 
 PHRASES = st.dictionaries(
-    st.sampled_from(["art", "he", "he art", "hear", "t", "star", "s art", "a-t", "\u4eac"]), st.floats(-2, 4).map(lambda weight: round(weight, 2)),
+    st.sampled_from(["art", "he", "he art", "hear", "t", "star", "s art", "a-t", "\u4eac"]),
+    st.floats(-2, 4).map(lambda weight: round(weight, 2)),
     max_size=5,
 )
 TOKENS = st.lists(st.integers(0, len(PIECES) - 1), max_size=8)
@@ -105,12 +122,11 @@ def whole_occurrences(tokens: list[int], phrases: dict[str, float]) -> float:
         for stop in set(stops):
             starts = [s for s in set(stops) if text[s:stop].lstrip(b" ") == own and text[s:stop].count(b"|") == 0]
             starts = [s for s in starts if len(text[s:stop]) - len(own) <= 1]
-            found = False
-            for start in starts:
-                begin = stop - len(own)
-                before = free or not (is_letter(begin - 1) and is_letter(begin))
-                found |= before and (free or not (is_letter(stop - 1) and is_letter(stop)))
-            total += weight * found
+            begin = stop - len(own)
+            is_whole = free or not (
+                (is_letter(begin - 1) and is_letter(begin)) or (is_letter(stop - 1) and is_letter(stop))
+            )
+            total += weight * (bool(starts) and is_whole)
     return total
 
 
