@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,13 @@ class DelayedCtcState:
         inner: the state of the search.
         texts: what the language model has read.
         num_steps: frames since the language model's clock began.
+        saw_nan: utterances of which the language model said NaN; they keep the scores they had.
     """
 
     inner: Any
     texts: DelayedTexts
     num_steps: int = 0
+    saw_nan: set[int] = field(default_factory=set)
     held: list[tuple[int, TextNode]] = field(default_factory=list)
 
     @property
@@ -114,7 +117,10 @@ class DelayedCtcSearch:
         for request in requests:
             trees.drop(request.place, request.node)
         rest = iter(scores)
-        known = [{prefix.text: next(rest) for prefix in own} for own in live]
+        known = [
+            {prefix.text: _kept(state, place, next(rest), prefix.extra / (self._weight or 1.0)) for prefix in own}
+            for place, own in enumerate(live)
+        ]
         self._search.set_extras(
             state.inner,
             [[self._weight * texts[prefix.text] for prefix in own] for own, texts in zip(live, known, strict=True)],
@@ -135,7 +141,9 @@ class DelayedCtcSearch:
             is_asked = place in state.texts.asked
             extras.append(
                 [
-                    self._weight * state.texts.total(place, row) if is_asked and row is not None else prefix.extra
+                    _kept(state, place, self._weight * state.texts.total(place, row), prefix.extra)
+                    if is_asked and row is not None
+                    else prefix.extra
                     for prefix, row in zip(own, rows, strict=True)
                 ]
             )
@@ -149,6 +157,14 @@ class DelayedCtcSearch:
     def _said(self, state: DelayedCtcState, place: int, prefix: CtcLive) -> Scored:
         text = prefix.text.encode() + (b"" if prefix.is_open or not prefix.text else b" ")
         return dataclasses.replace(state.texts.fresh(place), said=Said((), text))
+
+
+def _kept(state: DelayedCtcState, place: int, score: float, old: float) -> float:
+    """The score, or the old one if it is no number."""
+    if math.isfinite(score):
+        return score
+    state.saw_nan.add(place)
+    return old
 
 
 def _with_part(found: CtcHypothesis, score: float) -> CtcHypothesis:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ def finished(
 ) -> list[SearchOutcome]:
     """Score what a delayed model was not asked yet, take its stand-in's scores back, and rank again.
 
-    The last token of a hypothesis bears the change. `llm_calls` and `llm_tokens` are added to the clock's counts.
+    The last token of a hypothesis bears the change; where the model says NaN there is none, and the flag is raised. `llm_calls` and `llm_tokens` are added to the clock's counts.
 
     Args:
         outcomes: of a search.
@@ -113,8 +114,10 @@ def finished(
 def _renewed(outcome: SearchOutcome, totals: npt.NDArray[np.float64], column: int, weight: float) -> SearchOutcome:
     """The outcome with one part of its hypotheses made to sum to `totals`, ranked."""
     pairs = zip(outcome.hypotheses, totals.tolist(), strict=True)
-    made = [_completed(hypothesis, total, column, weight) for hypothesis, total in pairs]
-    return dataclasses.replace(outcome, hypotheses=sorted(made, key=lambda hypothesis: -hypothesis.key))
+    made = [h if math.isnan(total) else _completed(h, total, column, weight) for h, total in pairs]
+    saw_nan = outcome.saw_nan or (weight != 0 and bool(np.isnan(totals).any()))
+    ranked = sorted(made, key=lambda hypothesis: -hypothesis.key)
+    return dataclasses.replace(outcome, hypotheses=ranked, saw_nan=saw_nan)
 
 
 def _completed(hypothesis: FinishedHypothesis, wanted: float, column: int, weight: float) -> FinishedHypothesis:
