@@ -33,10 +33,10 @@ from shallowfusion.scorers.loading import load_causal_lm
 
 __all__ = ["main"]
 
-BEAM = 100
-NEURAL_BEAM = 20
-LM_WEIGHTS = (0.2, 0.4, 0.6, 0.8, 1.0)
-BONUSES = (0.5, 1.0, 1.5, 2.0)
+BEAM = 50
+NEURAL_BEAM = 10
+LM_WEIGHTS = (0.4, 0.8)
+BONUSES = (1.0, 2.0)
 TEXTS = ("medical", "general", "both")
 
 
@@ -61,7 +61,7 @@ def systems(work: Path, data: Path, labels: tuple[str, ...]) -> list[System]:
     """The network alone, n-grams of characters and words from each kind of text, terms, and a neural model late."""
     llm = load_causal_lm(str(work / "lm_lines"), torch.device("cpu"), torch.float32)
     alone = _decoder(labels, None, llm)
-    found = [System("CTC beam", alone, {"length_bonus": (0.0, *BONUSES)})]
+    found = [System("CTC beam", alone, {"length_bonus": (0.0, 1.0, 2.0, 3.0)})]
     words: dict[str, CTCDecoder] = {}
     characters: dict[str, CTCDecoder] = {}
     for text in TEXTS:
@@ -70,7 +70,7 @@ def systems(work: Path, data: Path, labels: tuple[str, ...]) -> list[System]:
         words[text] = _decoder(labels, CtcLanguage(NgramTable.from_arpa(work / f"words_{text}.arpa")), llm)
         grid = {"lm_weight": LM_WEIGHTS, "length_bonus": BONUSES}
         found.append(System(f"characters 8-gram of {text} text", characters[text], grid))
-        grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (0.0, 2.0, 4.0), "length_bonus": (0.0, 1.0)}
+        grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (2.0,), "length_bonus": (0.0, 1.0)}
         found.append(System(f"words 3-gram of {text} text", words[text], grid))
     with gzip.open(data / "text" / "med_drug_names.txt.gz", "rt", encoding="utf-8") as stream:
         terms = tuple(line.strip() for line in stream if line.strip())
@@ -82,11 +82,11 @@ def systems(work: Path, data: Path, labels: tuple[str, ...]) -> list[System]:
     }
     name = f"words 3-gram of both texts, {len(terms)} drug names as hotwords"
     found.append(System(name, words["both"], grid, fixed={"hotwords": terms}))
-    late = tuple(fusion.delayed(weight, interval=16, tail="mean") for weight in (0.3, 0.6))
-    grid = {"length_bonus": (0.5, 1.0, 1.5)}
+    late = tuple(fusion.delayed(weight, interval=16, tail="mean") for weight in (0.4,))
+    grid = {"length_bonus": (1.0, 2.0)}
     found.append(System("neural LM of both texts, delayed", alone, grid, late, beam_size=NEURAL_BEAM))
-    late = tuple(fusion.delayed(weight, interval=None) for weight in (0.1, 0.2, 0.4))
-    grid = {"lm_weight": (0.4, 0.6), "length_bonus": (1.0, 1.5, 2.0)}
+    late = tuple(fusion.delayed(weight, interval=None) for weight in (0.1, 0.3))
+    grid = {"lm_weight": (0.4,), "length_bonus": (1.0, 2.0)}
     name = "characters 8-gram of both texts, neural LM at the end"
     found.append(System(name, characters["both"], grid, late, beam_size=NEURAL_BEAM))
     return found

@@ -196,6 +196,7 @@ class CTCDecoder:
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
+            search.spelling.check("".join(piece.text for piece in self.alphabet.pieces))
         start = time.perf_counter()
         state = search.begin(len(log_probs) if hasattr(log_probs, "__len__") else 0)
         search.step(state, log_probs, lengths)

@@ -79,12 +79,12 @@ class DelayedCtcSearch:
         assert rule.delay is not None
         self._search, self._llm, self._weight, self._delay = search, llm, rule.lm_weights[0], rule.delay
         unit = "characters" if rule.delay.unit == "characters" else "words"
-        self._spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=rule.delay.lower)  # type: ignore[arg-type]
+        self.spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=rule.delay.lower)  # type: ignore[arg-type]
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DelayedCtcState:
         """Start a batch."""
         inner = self._search.begin(num_utterances, start_states)
-        return DelayedCtcState(inner, DelayedTexts(TokenTrees(self._llm, num_utterances), self._spelling, self._delay))
+        return DelayedCtcState(inner, DelayedTexts(TokenTrees(self._llm, num_utterances), self.spelling, self._delay))
 
     def step(self, state: DelayedCtcState, log_probs: Any, lengths: Any = None) -> None:
         """Go on by a chunk; see `CtcSearchProtocol.step`."""
@@ -110,7 +110,7 @@ class DelayedCtcSearch:
         trees, requests = state.texts.trees, []
         for place, own in enumerate(live):
             for prefix in own:
-                node = trees.grow(place, self._spelling.whole(Said((), prefix.text.encode())))
+                node = trees.grow(place, self.spelling.whole(Said((), prefix.text.encode())))
                 requests.append(Request(place, node, with_end=True))
         ends = trees.score(requests)
         scores = [request.node.total + float(end[0]) for request, end in zip(requests, ends, strict=True)]

@@ -89,7 +89,8 @@ def finished(
 ) -> list[SearchOutcome]:
     """Score what a delayed model was not asked yet, take its stand-in's scores back, and rank again.
 
-    The last token of a hypothesis bears the change; where the model says NaN there is none, and the flag is raised. `llm_calls` and `llm_tokens` are added to the clock's counts.
+    The last token of a hypothesis bears the change; where the model says NaN there is none, and the flag is raised.
+    `llm_calls` and `llm_tokens` are added to the clock's counts.
 
     Args:
         outcomes: of a search.
@@ -141,14 +142,18 @@ def spelling_of(llm: CausalLMScorer, acoustic: Vocabulary, delay: Delay) -> Spel
     re-tokenises for it.
 
     Raises:
-        VocabularyError: unit="tokens" with an acoustic token that the model lacks, or no tokenizer to re-tokenise with.
+        VocabularyError: unit="tokens" with an acoustic token that the model lacks, no tokenizer to re-tokenise with, or
+            one that cannot write what the acoustic tokens do.
     """
     is_same = _texts(llm.vocabulary) == _texts(acoustic)
     if delay.unit == "tokens" or (delay.unit == "auto" and is_same):
         mapping = token_map(acoustic, llm.vocabulary, include_end=False)
         return SharedTokens(_ids(mapping, acoustic, llm.vocabulary), acoustic.tokens)
     unit: Unit = "characters" if delay.unit == "characters" else "words"
-    return Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=delay.lower)
+    spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=delay.lower)
+    letters = bytes(sorted(set(b"".join(filter(None, acoustic.tokens)))))
+    spelling.check(letters.decode("ascii", "ignore"))
+    return spelling
 
 
 def _texts(vocabulary: Vocabulary) -> set[bytes]:
