@@ -13,7 +13,7 @@ import gzip
 import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,39 +57,33 @@ class System:
     beam_size: int = BEAM
 
 
-def systems(work: Path, data: Path, labels: tuple[str, ...]) -> list[System]:
+def systems(work: Path, data: Path, labels: tuple[str, ...]) -> Iterator[System]:
     """The network alone, n-grams of characters and words from each kind of text, terms, and a neural model late."""
     llm = load_causal_lm(str(work / "lm_lines"), torch.device("cpu"), torch.float32)
     alone = _decoder(labels, None, llm)
-    found = [System("CTC beam", alone, {"length_bonus": (0.0, 1.0, 2.0, 3.0)})]
-    words: dict[str, CTCDecoder] = {}
-    characters: dict[str, CTCDecoder] = {}
-    for text in TEXTS:
-        table = NgramTable.from_arpa(work / f"characters_{text}.arpa")
-        characters[text] = _decoder(labels, CtcLanguage(table, unit="labels"), llm)
-        words[text] = _decoder(labels, CtcLanguage(NgramTable.from_arpa(work / f"words_{text}.arpa")), llm)
-        grid = {"lm_weight": LM_WEIGHTS, "length_bonus": BONUSES}
-        found.append(System(f"characters 8-gram of {text} text", characters[text], grid))
+    yield System("CTC beam", alone, {"length_bonus": (0.0, 1.0, 2.0, 3.0)})
+    for text in reversed(TEXTS):
+        words = _decoder(labels, CtcLanguage(NgramTable.from_arpa(work / f"words_{text}.arpa")), llm)
         grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (2.0,), "length_bonus": (0.0, 1.0)}
-        found.append(System(f"words 3-gram of {text} text", words[text], grid))
-    with gzip.open(data / "text" / "med_drug_names.txt.gz", "rt", encoding="utf-8") as stream:
-        terms = tuple(line.strip() for line in stream if line.strip())
-    grid = {
-        "lm_weight": LM_WEIGHTS,
-        "word_bonus": (0.0, 2.0, 4.0),
-        "length_bonus": (0.0, 1.0),
-        "hotword_weight": (1.0, 3.0),
-    }
-    name = f"words 3-gram of both texts, {len(terms)} drug names as hotwords"
-    found.append(System(name, words["both"], grid, fixed={"hotwords": terms}))
-    late = tuple(fusion.delayed(weight, interval=16, tail="mean") for weight in (0.4,))
-    grid = {"length_bonus": (1.0, 2.0)}
-    found.append(System("neural LM of both texts, delayed", alone, grid, late, beam_size=NEURAL_BEAM))
-    late = tuple(fusion.delayed(weight, interval=None) for weight in (0.1, 0.3))
-    grid = {"lm_weight": (0.4,), "length_bonus": (1.0, 2.0)}
-    name = "characters 8-gram of both texts, neural LM at the end"
-    found.append(System(name, characters["both"], grid, late, beam_size=NEURAL_BEAM))
-    return found
+        yield System(f"words 3-gram of {text} text", words, grid)
+        if text == "both":
+            with gzip.open(data / "text" / "med_drug_names.txt.gz", "rt", encoding="utf-8") as stream:
+                terms = tuple(line.strip() for line in stream if line.strip())
+            grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (2.0,), "length_bonus": (1.0,), "hotword_weight": (1.0, 3.0)}
+            name = f"words 3-gram of both text, {len(terms)} drug names as hotwords"
+            yield System(name, words, grid, fixed={"hotwords": terms})
+            late = (fusion.delayed(0.4, interval=16),)
+            grid = {"length_bonus": (1.0, 2.0)}
+            yield System("neural LM of both text, delayed", alone, grid, late, beam_size=NEURAL_BEAM)
+        table = NgramTable.from_arpa(work / f"characters_{text}.arpa")
+        characters = _decoder(labels, CtcLanguage(table, unit="labels"), llm)
+        grid = {"lm_weight": LM_WEIGHTS, "length_bonus": BONUSES}
+        yield System(f"characters 8-gram of {text} text", characters, grid)
+        if text == "both":
+            late = tuple(fusion.delayed(weight, interval=None) for weight in (0.1, 0.3))
+            grid = {"lm_weight": (0.4,), "length_bonus": (1.0, 2.0)}
+            name = "characters 8-gram of both text, neural LM at the end"
+            yield System(name, characters, grid, late, beam_size=NEURAL_BEAM)
 
 
 def _decoder(labels: tuple[str, ...], language: CtcLanguage | None, llm: CausalLMScorer) -> CTCDecoder:
@@ -161,7 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     scores = log_probs_of(chosen.data, lines)
     dev, test = ([i for i, line in enumerate(lines) if line.is_dev == wanted] for wanted in (True, False))
     tested = [lines[i] for i in test]
-    rows = rows_of("CTC greedy", 1, tested, [line.greedy for line in tested])
+    keep = print if chosen.no_save else save
+    keep(rows_of("CTC greedy", 1, tested, [line.greedy for line in tested]))
     for system in systems(chosen.work, chosen.data, labels):
         start = time.perf_counter()
         rule, options, errors = chosen_on(system, [lines[i] for i in dev], [scores[i] for i in dev])
@@ -170,9 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{shown}: {errors} errors on {len(dev)} development lines, {time.perf_counter() - start:.0f} s", flush=True
         )
-        rows += rows_of(shown, system.beam_size, tested, read(system, [scores[i] for i in test], rule, options))
-    if not chosen.no_save:
-        save(rows)
+        texts = read(system, [scores[i] for i in test], rule, options)
+        keep(rows_of(shown, system.beam_size, tested, texts))
     return 0
 
 
