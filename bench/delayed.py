@@ -13,7 +13,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import delayed_picture
 from bench.timing import ROOT, Measurement, machine, measurements, take_turns
 from shallowfusion import FusionDecoder, fusion
 from shallowfusion.evaluation.word_errors import word_errors
@@ -269,36 +270,13 @@ def ctc_rows(work: Path, clips: int) -> list[dict[str, object]]:
     return rows
 
 
-def picture(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Word error rate against seconds with an LM as big as GPT-2 small; one line per family and beam."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    lines: dict[tuple[object, object], list[dict[str, object]]] = {}
-    for row in rows:
-        lines.setdefault((row["system"], row["beam_size"]), []).append(row)
-    for (family, beam), own in lines.items():
-        own = sorted(own, key=lambda row: float(str(row["seconds_per_clip_gpt2_small"])))
-        x = [float(str(row["seconds_per_clip_gpt2_small"])) for row in own]
-        y = [100 * float(str(row["wer"])) for row in own]
-        axes.plot(x, y, marker="o", label=f"{family}, beam {beam}")
-    axes.set(xscale="log", xlabel="seconds per clip, LM as big as GPT-2 small, one CPU thread", ylabel="WER, %")
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, save and draw."""
     parser = argparse.ArgumentParser(description="Delayed fusion on the demo's clips.")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="clips and models; what is missing is made")
     parser.add_argument("--clips", type=int, default=120)
-    parser.add_argument("--ctc-only", action="store_true", help="the CTC head alone; nothing is drawn")
+    parser.add_argument("--ctc-only", action="store_true", help="the CTC head alone")
     parser.add_argument("--no-ctc", action="store_true", help="the attention decoder alone")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -312,9 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_new:
             writer.writeheader()
         writer.writerows({**known, **row} for row in (*rows, *heard))
-    if rows:
-        picture(rows, ROOT / "docs" / "delayed.svg")
-    return 0
+    return delayed_picture.main()
 
 
 if __name__ == "__main__":

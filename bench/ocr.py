@@ -36,7 +36,7 @@ __all__ = ["main"]
 BEAM = 50
 NEURAL_BEAM = 10
 LM_WEIGHTS = (0.4, 0.8)
-BONUSES = (1.0, 2.0)
+BONUSES = (2.0, 3.0, 4.0)
 TEXTS = ("medical", "general", "both")
 
 
@@ -61,19 +61,24 @@ def systems(work: Path, data: Path, labels: tuple[str, ...]) -> Iterator[System]
     """The network alone, n-grams of characters and words from each kind of text, terms, and a neural model late."""
     llm = load_causal_lm(str(work / "lm_lines"), torch.device("cpu"), torch.float32)
     alone = _decoder(labels, None, llm)
-    yield System("CTC beam", alone, {"length_bonus": (0.0, 1.0, 2.0, 3.0)})
+    yield System("CTC beam", alone, {"length_bonus": (0.0, 2.0, 3.0, 4.0, 5.0)})
     for text in reversed(TEXTS):
         words = _decoder(labels, CtcLanguage(NgramTable.from_arpa(work / f"words_{text}.arpa")), llm)
-        grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (2.0,), "length_bonus": (0.0, 1.0)}
+        grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (2.0,), "length_bonus": (1.0, 2.0, 3.0)}
         yield System(f"words 3-gram of {text} text", words, grid)
         if text == "both":
             with gzip.open(data / "text" / "med_drug_names.txt.gz", "rt", encoding="utf-8") as stream:
                 terms = tuple(line.strip() for line in stream if line.strip())
-            grid = {"lm_weight": LM_WEIGHTS, "word_bonus": (2.0,), "length_bonus": (1.0,), "hotword_weight": (1.0, 3.0)}
+            grid = {
+                "lm_weight": LM_WEIGHTS,
+                "word_bonus": (2.0,),
+                "length_bonus": (2.0, 3.0),
+                "hotword_weight": (1.0, 3.0),
+            }
             name = f"words 3-gram of both text, {len(terms)} drug names as hotwords"
             yield System(name, words, grid, fixed={"hotwords": terms})
             late = (fusion.delayed(0.4, interval=16),)
-            grid = {"length_bonus": (1.0, 2.0)}
+            grid = {"length_bonus": (2.0, 3.0)}
             yield System("neural LM of both text, delayed", alone, grid, late, beam_size=NEURAL_BEAM)
         table = NgramTable.from_arpa(work / f"characters_{text}.arpa")
         characters = _decoder(labels, CtcLanguage(table, unit="labels"), llm)
@@ -81,7 +86,7 @@ def systems(work: Path, data: Path, labels: tuple[str, ...]) -> Iterator[System]
         yield System(f"characters 8-gram of {text} text", characters, grid)
         if text == "both":
             late = tuple(fusion.delayed(weight, interval=None) for weight in (0.1, 0.3))
-            grid = {"lm_weight": (0.4,), "length_bonus": (1.0, 2.0)}
+            grid = {"lm_weight": (0.4,), "length_bonus": (2.0, 3.0)}
             name = "characters 8-gram of both text, neural LM at the end"
             yield System(name, characters, grid, late, beam_size=NEURAL_BEAM)
 
