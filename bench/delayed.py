@@ -13,7 +13,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from shallowfusion.search.bridging import LmBridge
 __all__ = ["BurdenedLM", "main", "run"]
 
 BATCH = 20
-TIMED_CLIPS, TURNS = 5, 2
+TIMED_CLIPS, TURNS = 3, 2
 AGAINST = "at every token"  # at the smallest beam
 COLUMNS = (
     "system", "rule", "beam_size", "utterances", "words", "errors", "wer", "seconds_per_clip", "llm_calls",
@@ -86,9 +86,9 @@ class System:
     bridge: LmBridge | None = None
 
 
-def systems() -> list[System]:
+def systems(beams: Sequence[int]) -> list[System]:
     found = [System("acoustic model alone", (), fusion.static(()), 5)]
-    for beam in (5, 10, 20):
+    for beam in beams:
         found.append(System(AGAINST, ("own",), fusion.static(0.8), beam))
         if beam < 20:
             found.append(System("at every token, with 6-gram", ("own", "pieces"), fusion.static([0.5, 0.3]), beam))
@@ -168,7 +168,7 @@ def prepare(data: Path, work: Path) -> None:
 Key = tuple[tuple[str, ...], LmBridge | None]
 
 
-def decoders(work: Path, burden: Any | None) -> dict[Key, FusionDecoder]:
+def decoders(work: Path, burden: Any | None, wanted: Sequence[System]) -> dict[Key, FusionDecoder]:
     """One decoder per set of models; with a burden the neural language models cost as much as GPT-2 small."""
     from shallowfusion.demo.shipped import model_directory
     from shallowfusion.scorers.loading import load_language_model, load_whisper
@@ -181,33 +181,33 @@ def decoders(work: Path, burden: Any | None) -> dict[Key, FusionDecoder]:
     }
     if burden is not None:
         models |= {key: BurdenedLM(models[key], burden) for key in ("own", "other")}
-    keys = {(own.models, own.bridge) for own in systems()}
+    keys = {(own.models, own.bridge) for own in wanted}
     return {
         (names, bridge): FusionDecoder(acoustic, [models[name] for name in names], lm_bridge=bridge)
         for names, bridge in keys
     }
 
 
-def rows_of(work: Path, clips: int) -> list[dict[str, object]]:
+def rows_of(work: Path, clips: int, wanted: Sequence[System]) -> list[dict[str, object]]:
     from shallowfusion.demo.shipped import read_manifest
 
     chosen = read_manifest(work / "test")[:clips]
-    light, heavy = decoders(work, None), decoders(work, gpt2_small())
+    light, heavy = decoders(work, None, wanted), decoders(work, gpt2_small(), wanted)
     states = torch.cat(
-        [light[(), None].encode([c.path for c in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
+        [
+            next(iter(light.values())).encode([c.path for c in chosen[i : i + BATCH]])
+            for i in range(0, len(chosen), BATCH)
+        ]
     )
     few = states[:TIMED_CLIPS]
     turns = take_turns(
-        {
-            str(i): lambda own=own: transcribed(heavy[own.models, own.bridge], few, own)
-            for i, own in enumerate(systems())
-        },
+        {str(i): lambda own=own: transcribed(heavy[own.models, own.bridge], few, own) for i, own in enumerate(wanted)},
         TURNS,
         0,
     )
-    against = np.array(turns[str(next(i for i, own in enumerate(systems()) if own.family == AGAINST))])
+    against = np.array(turns[str(next(i for i, own in enumerate(wanted) if own.family == AGAINST))])
     rows: list[dict[str, object]] = []
-    for i, system in enumerate(systems()):
+    for i, system in enumerate(wanted):
         start = time.perf_counter()
         texts, counts = transcribed(light[system.models, system.bridge], states, system)
         seconds = (time.perf_counter() - start) / len(states)
@@ -278,10 +278,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--ctc-only", action="store_true", help="the CTC head alone")
     parser.add_argument("--no-ctc", action="store_true", help="the attention decoder alone")
+    parser.add_argument("--beams", type=int, nargs="+", default=[5, 10, 20], help="of the attention decoder")
+    parser.add_argument("--only", nargs="+", default=[], help="systems of the attention decoder (default: all)")
     chosen = parser.parse_args(arguments)
+    wanted = [own for own in systems(chosen.beams) if not chosen.only or own.family in chosen.only]
     torch.set_num_threads(1)
     prepare(chosen.data, chosen.work)
-    rows = [] if chosen.ctc_only else rows_of(chosen.work, chosen.clips)
+    rows = [] if chosen.ctc_only else rows_of(chosen.work, chosen.clips, wanted)
     heard = ctc_rows(chosen.work, chosen.clips) if chosen.ctc_only or not chosen.no_ctc else []
     known, path = machine("cpu"), ROOT / "bench" / "results" / "delayed.csv"
     is_new = not path.exists()
