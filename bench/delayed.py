@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import delayed_picture
 from bench.timing import ROOT, Measurement, machine, measurements, take_turns
 from shallowfusion import FusionDecoder, fusion
 from shallowfusion.evaluation.word_errors import word_errors
 from shallowfusion.fusion import Rule
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.slots import SlotPlan, decoder_cache
+from shallowfusion.search.bridging import LmBridge
 
 __all__ = ["BurdenedLM", "main", "run"]
 
 BATCH = 20
-TIMED_CLIPS = 10
+TIMED_CLIPS, TURNS = 3, 2
 AGAINST = "at every token"  # at the smallest beam
 COLUMNS = (
     "system", "rule", "beam_size", "utterances", "words", "errors", "wer", "seconds_per_clip", "llm_calls",
@@ -74,23 +76,27 @@ class System:
     Args:
         family: one line of the picture.
         models: which language models of the bench: "own" (acoustic tokens), "other" (byte pairs), "pieces" (6-gram).
+        bridge: how a model on other tokens is asked at every token.
     """
 
     family: str
     models: tuple[str, ...]
     rule: Rule
     beam_size: int
+    bridge: LmBridge | None = None
 
 
-def systems() -> list[System]:
+def systems(beams: Sequence[int]) -> list[System]:
     found = [System("acoustic model alone", (), fusion.static(()), 5)]
-    for beam in (5, 10):
-        found.append(System("at every token", ("own",), fusion.static(0.8), beam))
-        found.append(System("at every token, with 6-gram", ("own", "pieces"), fusion.static([0.5, 0.3]), beam))
-        found += [System("delayed", ("other",), fusion.delayed(0.8, interval=i), beam) for i in (4, 16)]
-        for interval in (2, 4, 8, 16, 32):
+    for beam in beams:
+        found.append(System(AGAINST, ("own",), fusion.static(0.8), beam))
+        if beam < 20:
+            found.append(System("at every token, with 6-gram", ("own", "pieces"), fusion.static([0.5, 0.3]), beam))
+        found.append(System("delayed", ("other",), fusion.delayed(0.8, interval=16), beam))
+        for interval in (4, 8, 16):
             rule = fusion.delayed(0.8, interval=interval, proxy_weight=0.6)
             found.append(System("delayed, 6-gram stands in", ("other", "pieces"), rule, beam))
+    found.append(System("at every token, by bytes", ("other",), fusion.static(0.8), 5, "bytes"))
     found.append(System("6-gram of pieces", ("pieces",), fusion.static(0.6), 5))
     found.append(System("rescoring of the 20 best", ("other",), fusion.delayed(0.6, "interval", None), 20))
     return found
@@ -159,7 +165,10 @@ def prepare(data: Path, work: Path) -> None:
         command(["build-ngram", str(work / "medical.txt"), "--out", str(work / "words3.arpa")])
 
 
-def decoders(work: Path, burden: Any | None) -> dict[tuple[str, ...], FusionDecoder]:
+Key = tuple[tuple[str, ...], LmBridge | None]
+
+
+def decoders(work: Path, burden: Any | None, wanted: Sequence[System]) -> dict[Key, FusionDecoder]:
     """One decoder per set of models; with a burden the neural language models cost as much as GPT-2 small."""
     from shallowfusion.demo.shipped import model_directory
     from shallowfusion.scorers.loading import load_language_model, load_whisper
@@ -172,26 +181,35 @@ def decoders(work: Path, burden: Any | None) -> dict[tuple[str, ...], FusionDeco
     }
     if burden is not None:
         models |= {key: BurdenedLM(models[key], burden) for key in ("own", "other")}
-    return {keys: FusionDecoder(acoustic, [models[key] for key in keys]) for keys in {own.models for own in systems()}}
+    keys = {(own.models, own.bridge) for own in wanted}
+    return {
+        (names, bridge): FusionDecoder(acoustic, [models[name] for name in names], lm_bridge=bridge)
+        for names, bridge in keys
+    }
 
 
-def rows_of(work: Path, clips: int) -> list[dict[str, object]]:
+def rows_of(work: Path, clips: int, wanted: Sequence[System]) -> list[dict[str, object]]:
     from shallowfusion.demo.shipped import read_manifest
 
     chosen = read_manifest(work / "test")[:clips]
-    light, heavy = decoders(work, None), decoders(work, gpt2_small())
+    light, heavy = decoders(work, None, wanted), decoders(work, gpt2_small(), wanted)
     states = torch.cat(
-        [light[()].encode([c.path for c in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
+        [
+            next(iter(light.values())).encode([c.path for c in chosen[i : i + BATCH]])
+            for i in range(0, len(chosen), BATCH)
+        ]
     )
     few = states[:TIMED_CLIPS]
     turns = take_turns(
-        {str(i): lambda own=own: transcribed(heavy[own.models], few, own) for i, own in enumerate(systems())}, 3, 0
+        {str(i): lambda own=own: transcribed(heavy[own.models, own.bridge], few, own) for i, own in enumerate(wanted)},
+        TURNS,
+        0,
     )
-    against = np.array(turns[str(next(i for i, own in enumerate(systems()) if own.family == AGAINST))])
+    against = np.array(turns[str(next(i for i, own in enumerate(wanted) if own.family == AGAINST))])
     rows: list[dict[str, object]] = []
-    for i, system in enumerate(systems()):
+    for i, system in enumerate(wanted):
         start = time.perf_counter()
-        texts, counts = transcribed(light[system.models], states, system)
+        texts, counts = transcribed(light[system.models, system.bridge], states, system)
         seconds = (time.perf_counter() - start) / len(states)
         errors = word_errors([clip.text for clip in chosen], texts)
         own = np.array(turns[str(i)])
@@ -252,41 +270,21 @@ def ctc_rows(work: Path, clips: int) -> list[dict[str, object]]:
     return rows
 
 
-def picture(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Word error rate against seconds with an LM as big as GPT-2 small; one line per family and beam."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    lines: dict[tuple[object, object], list[dict[str, object]]] = {}
-    for row in rows:
-        lines.setdefault((row["system"], row["beam_size"]), []).append(row)
-    for (family, beam), own in lines.items():
-        own = sorted(own, key=lambda row: float(str(row["seconds_per_clip_gpt2_small"])))
-        x = [float(str(row["seconds_per_clip_gpt2_small"])) for row in own]
-        y = [100 * float(str(row["wer"])) for row in own]
-        axes.plot(x, y, marker="o", label=f"{family}, beam {beam}")
-    axes.set(xscale="log", xlabel="seconds per clip, LM as big as GPT-2 small, one CPU thread", ylabel="WER, %")
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, save and draw."""
     parser = argparse.ArgumentParser(description="Delayed fusion on the demo's clips.")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="clips and models; what is missing is made")
     parser.add_argument("--clips", type=int, default=120)
-    parser.add_argument("--ctc-only", action="store_true", help="the CTC head alone; nothing is drawn")
+    parser.add_argument("--ctc-only", action="store_true", help="the CTC head alone")
     parser.add_argument("--no-ctc", action="store_true", help="the attention decoder alone")
+    parser.add_argument("--beams", type=int, nargs="+", default=[5, 10, 20], help="of the attention decoder")
+    parser.add_argument("--only", nargs="+", default=[], help="systems of the attention decoder (default: all)")
     chosen = parser.parse_args(arguments)
+    wanted = [own for own in systems(chosen.beams) if not chosen.only or own.family in chosen.only]
     torch.set_num_threads(1)
     prepare(chosen.data, chosen.work)
-    rows = [] if chosen.ctc_only else rows_of(chosen.work, chosen.clips)
+    rows = [] if chosen.ctc_only else rows_of(chosen.work, chosen.clips, wanted)
     heard = ctc_rows(chosen.work, chosen.clips) if chosen.ctc_only or not chosen.no_ctc else []
     known, path = machine("cpu"), ROOT / "bench" / "results" / "delayed.csv"
     is_new = not path.exists()
@@ -295,9 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_new:
             writer.writeheader()
         writer.writerows({**known, **row} for row in (*rows, *heard))
-    if rows:
-        picture(rows, ROOT / "docs" / "delayed.svg")
-    return 0
+    return delayed_picture.main()
 
 
 if __name__ == "__main__":

@@ -30,16 +30,16 @@ BATCH_TOKENS = 6000
 IGNORED = -100
 
 
-def train(data: Path, out: Path, minutes: float, vocabulary: int = VOCABULARY, seed: int = 17) -> float:
+def train(
+    texts: list[str], held_out: list[str], out: Path, minutes: float, vocabulary: int = VOCABULARY, seed: int = 17
+) -> float:
     """Train a tokenizer and a model, and save both where `load_causal_lm` reads them.
 
     Returns:
-        nats per character of held-out sentences, their ends included.
+        nats per character of the held-out texts, their ends included.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    texts = [sentence.text for sentence in read_sentences(data, MEDICAL_SOURCES, speakable=False)]
-    held_out = held_out_sentences(data, EVALUATION_SOURCES, MEDICAL_SOURCES)
     tokenizer = new_tokenizer(texts, vocabulary, out)
     end = tokenizer.eos_token_id
     torch.manual_seed(seed)
@@ -128,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    print(f"held out: {train(chosen.data, chosen.out, chosen.minutes):.4f} nats per character")
+    texts = [sentence.text for sentence in read_sentences(chosen.data, MEDICAL_SOURCES, speakable=False)]
+    held_out = held_out_sentences(chosen.data, EVALUATION_SOURCES, MEDICAL_SOURCES)
+    print(f"held out: {train(texts, held_out, chosen.out, chosen.minutes):.4f} nats per character")
     return 0
 
 

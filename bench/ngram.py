@@ -15,7 +15,7 @@ from shallowfusion.ngrams.estimate import EstimateSettings, estimate
 from shallowfusion.ngrams.model import LOG_10
 from shallowfusion.ngrams.table import NgramTable
 from shallowfusion.phrases.automaton import PhraseAutomaton
-from shallowfusion.phrases.patterns import patterns
+from shallowfusion.phrases.patterns import patterns, whole_words
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     try:
         for vocab in (1_000, 50_000):
             yield from _tables(vocab, 20_000 if quick else 1_000_000, 5 if quick else 30)
-        for count in (100, 10_000):
+        for count in (100, 20_000):
             yield _phrases(count, 5 if quick else 50)
     finally:
         torch.set_num_threads(threads)
@@ -125,7 +125,8 @@ def _phrases(count: int, repeats: int) -> list[Measurement]:
     """One search step of 40 rows: entries, refunds, new states."""
     rng = np.random.default_rng(0)
     spellings = {f"phrase {i}": rng.integers(0, 50_000, rng.integers(2, 8)).tolist() for i in range(count)}
-    automaton = PhraseAutomaton(patterns(dict.fromkeys(spellings, 1.0), lambda text: [spellings[text]]))
+    made = patterns(dict.fromkeys(spellings, 1.0), lambda text: [spellings[text]])
+    automaton = PhraseAutomaton(made)
     starts = np.array([spelling[0] for spelling in list(spellings.values())[:40]])
     states = automaton.advance(np.zeros(40, dtype=np.int64), starts)
 
@@ -134,6 +135,16 @@ def _phrases(count: int, repeats: int) -> list[Measurement]:
         automaton.refunds(states)
         automaton.advance(states, starts)
 
+    pieces = [b" a" if token % 2 else b"a" for token in range(50_000)]
     ways = {"all entries": lambda: step(False), "shared first tokens": lambda: step(True)}
+    whole = PhraseAutomaton(whole_words(made, pieces))
+    begun = whole.advance(np.full(40, whole.start_state), starts)
+
+    def whole_step() -> None:
+        whole.step(begun, True)
+        whole.refunds(begun)
+        whole.advance(begun, starts)
+
+    ways["whole words, shared first tokens"] = whole_step
     seconds = take_turns(ways, repeats)
     return measurements("phrase step", f"40 rows, {count} phrases", "float32", seconds, "all entries")

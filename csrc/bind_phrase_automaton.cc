@@ -1,5 +1,6 @@
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -33,14 +34,17 @@ void check_states(const PhraseAutomaton& automaton, const Array<int64_t>& states
 }
 
 std::shared_ptr<PhraseAutomaton> create(const Array<int32_t>& tokens, const Array<double>& credits,
-                                        const Array<int64_t>& offsets, const Array<int64_t>& phrases) {
+                                        const Array<int64_t>& offsets, const Array<int64_t>& phrases,
+                                        const Array<uint8_t>& classes) {
   const int64_t count = check_vector("phrases", phrases);
   const int64_t total = check_vector("tokens", tokens);
   bool fits = check_vector("credits", credits) == total && check_vector("offsets", offsets) == count + 1;
   fits = fits && offsets.at(0) == 0 && offsets.at(count) == total;
   for (int64_t i = 0; fits && i < count; ++i) fits = offsets.at(i) <= offsets.at(i + 1);
   if (!fits) throw std::invalid_argument("offsets must grow from 0 to the number of tokens, one more than patterns.");
-  const PhrasePatterns patterns{tokens.data(), credits.data(), offsets.data(), phrases.data(), count};
+  const int64_t num_classes = check_vector("classes", classes);
+  const PhrasePatterns patterns{tokens.data(),  credits.data(), offsets.data(), phrases.data(),
+                                count,          classes.data(), num_classes};
   const py::gil_scoped_release released;
   return std::make_shared<PhraseAutomaton>(patterns);
 }
@@ -57,8 +61,8 @@ py::array_t<int64_t> advance(const PhraseAutomaton& automaton, const Array<int64
   const py::gil_scoped_release released;
   for (py::ssize_t i = 0; i < count; ++i) {
     const auto state = static_cast<uint32_t>(from[i]);
-    const bool is_known = given[i] <= INT32_MAX;  // a larger token begins no phrase
-    target[i] = given[i] < 0 ? state : is_known ? automaton.next(state, static_cast<int32_t>(given[i])) : 0;
+    const int64_t token = std::min<int64_t>(given[i], kWordBoundary - 1);  // which is in no phrase
+    target[i] = given[i] < 0 ? state : automaton.arrive(state, static_cast<int32_t>(token)).state;
   }
   return after;
 }
@@ -67,12 +71,13 @@ py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t
   check_states(automaton, states);
   py::array_t<float> values({states.shape(0)});
   for (py::ssize_t i = 0; i < states.shape(0); ++i) {
-    values.mutable_at(i) = 0.0F - automaton.held(static_cast<uint32_t>(states.at(i)));
+    const auto state = static_cast<uint32_t>(states.at(i));
+    values.mutable_at(i) = automaton.closing(state) - automaton.held(state);
   }
   return values;
 }
 
-// With `shared_first` the bonuses of first tokens, which are those of the start state, are left out and taken off.
+// With `shared_first` the bonuses from the root are left out and taken off.
 py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states, bool shared_first) {
   check_states(automaton, states);
   const py::ssize_t rows = states.shape(0);
@@ -89,9 +94,7 @@ py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states, b
       automaton.arcs(static_cast<uint32_t>(from[row]), !shared_first, &arcs);
       for (const PhraseAutomaton::Arc& arc : arcs) {
         tokens.push_back(arc.token);
-        const uint32_t first = shared_first ? automaton.next(0, arc.token) : 0;
-        values.push_back(automaton.gain(arc.target) + automaton.held(arc.target) -
-                         (automaton.gain(first) + automaton.held(first)));
+        values.push_back(arc.value);
       }
       if (tokens.size() > INT32_MAX) throw std::invalid_argument("too many rows and phrases for one step.");
       offsets[row + 1] = static_cast<int32_t>(tokens.size());
@@ -107,10 +110,11 @@ void bind_phrase_automaton(py::module_& module) {
   const auto states = py::arg("states");
   py::class_<PhraseAutomaton, std::shared_ptr<PhraseAutomaton>>(module, "PhraseAutomaton")
       .def(py::init(&create), py::kw_only(), py::arg("tokens"), py::arg("credits"), py::arg("offsets"),
-           py::arg("phrases"))
+           py::arg("phrases"), py::arg("classes"))
       .def("step", &step, py::kw_only(), states, py::arg("shared_first"))
       .def("advance", &advance, py::kw_only(), states, py::arg("tokens"))
       .def("refunds", &refunds, py::kw_only(), states)
+      .def_property_readonly("start_state", &PhraseAutomaton::start_state)
       .def_property_readonly("num_states", &PhraseAutomaton::num_states);
 }
 

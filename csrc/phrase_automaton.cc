@@ -29,6 +29,10 @@ void check(const PhrasePatterns& patterns) {
 
 PhraseAutomaton::PhraseAutomaton(const PhrasePatterns& patterns) {
   check(patterns);
+  if (patterns.num_classes > 0) classes_.assign(patterns.classes, patterns.classes + patterns.num_classes);
+  for (size_t token = 0; token < classes_.size(); ++token) {
+    if (begins_inside(static_cast<int32_t>(token))) inside_.push_back(static_cast<int32_t>(token));
+  }
   const std::vector<uint32_t> last_nodes = lay_out(patterns);
   link_suffixes();
   value(patterns, last_nodes);
@@ -123,23 +127,46 @@ uint32_t PhraseAutomaton::next(uint32_t state, int32_t token) const {
   }
 }
 
-void PhraseAutomaton::arcs(uint32_t state, bool with_first, std::vector<Arc>* found) const {
-  // The state and its suffixes, the shortest first; a longer match of the same token replaces a shorter one.
-  std::vector<uint32_t> chain;
-  for (uint32_t node = state; node != kRoot; node = suffix_[node]) chain.push_back(node);
-  if (with_first) chain.push_back(kRoot);
-  found->clear();
-  std::vector<Arc> merged;
-  for (auto node = chain.rbegin(); node != chain.rend(); ++node) {
-    merged.clear();
-    auto old = found->begin();
-    for (uint32_t child = first_child_[*node]; child < first_child_[*node + 1]; ++child) {
-      while (old != found->end() && old->token < token_[child]) merged.push_back(*old++);
-      if (old != found->end() && old->token == token_[child]) ++old;
-      merged.push_back({token_[child], child});
+PhraseAutomaton::Arrival PhraseAutomaton::arrive(uint32_t state, int32_t token) const {
+  uint32_t target = next(begins_inside(token) ? state : bounded(state), token);
+  float value = gain_[target];
+  if (!ends_inside(token)) {
+    value += closing(target);
+    target = bounded(target);
+  }
+  return {target, value + held_[target]};
+}
+
+std::vector<int32_t> PhraseAutomaton::tokens_from(uint32_t state, bool inside,
+                                                  const std::vector<uint32_t>& left_out) const {
+  std::vector<int32_t> found;
+  for (uint32_t node = state;; node = suffix_[node]) {
+    if (std::find(left_out.begin(), left_out.end(), node) == left_out.end()) {
+      for (uint32_t child = first_child_[node]; child < first_child_[node + 1]; ++child) {
+        if (token_[child] != kWordBoundary && begins_inside(token_[child]) == inside) found.push_back(token_[child]);
+      }
     }
-    merged.insert(merged.end(), old, found->end());
-    found->swap(merged);
+    if (node == kRoot) break;
+  }
+  return found;
+}
+
+void PhraseAutomaton::arcs(uint32_t state, bool with_first, std::vector<Arc>* found) const {
+  // From the root, tokens inside a word may begin patterns that may begin there, others also those that begin a word.
+  std::vector<uint32_t> left_out;
+  if (!with_first) left_out.push_back(kRoot);
+  const float closed = closing(state);
+  std::vector<int32_t> tokens = closed != 0.0F ? inside_ : tokens_from(state, true, left_out);
+  if (!with_first) left_out.push_back(start_state());
+  const std::vector<int32_t> outside = tokens_from(bounded(state), false, left_out);
+  tokens.insert(tokens.end(), outside.begin(), outside.end());
+  std::sort(tokens.begin(), tokens.end());
+  tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
+  found->clear();
+  for (const int32_t token : tokens) {
+    float value = arrive(state, token).value - (begins_inside(token) ? closed : 0.0F);
+    if (!with_first) value -= arrive(kRoot, token).value;
+    found->push_back({token, value});
   }
 }
 

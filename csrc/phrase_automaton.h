@@ -8,13 +8,21 @@ namespace shallowfusion {
 
 // Token sequences to look for. Pattern i holds tokens[offsets[i]] .. tokens[offsets[i + 1] - 1]; credits are what a
 // match of its first tokens is worth; `phrases` tells which patterns are spellings of the same phrase.
+//
+// Patterns may hold kWordBoundary between tokens. With `classes` (bit 0: a token begins inside a word, bit 1: it ends
+// inside one; tokens past the end do neither) every text has one boundary between two tokens unless a word goes on from
+// one to the other, and one at its beginning and its end. Without, no text has any.
 struct PhrasePatterns {
   const int32_t* tokens;
   const double* credits;
   const int64_t* offsets;  // [count + 1]
   const int64_t* phrases;  // [count]
   int64_t count;
+  const uint8_t* classes = nullptr;  // [num_classes]
+  int64_t num_classes = 0;
 };
+
+constexpr int32_t kWordBoundary = INT32_MAX;
 
 // A node is a beginning of patterns, numbered level by level; a state is the longest suffix of the tokens that is a
 // node. `gain` is what arriving at a node is worth for good: the last credits of the phrases that end there, each once.
@@ -27,25 +35,46 @@ class PhraseAutomaton {
   explicit PhraseAutomaton(const PhrasePatterns& patterns);
 
   int64_t num_states() const { return static_cast<int64_t>(token_.size()); }
-  uint32_t next(uint32_t state, int32_t token) const;
+  uint32_t start_state() const { return bounded(kRoot); }
   float held(uint32_t state) const { return held_[state]; }
-  float gain(uint32_t state) const { return gain_[state]; }
+  // What phrases gain that are complete if the word ends here.
+  float closing(uint32_t state) const { return is_bounded(state) ? 0.0F : gain_[bounded(state)]; }
 
+  // A token and the boundaries beside it: the state they lead to, and what arriving there is worth, `held` counted.
+  struct Arrival {
+    uint32_t state;
+    float value;
+  };
+  Arrival arrive(uint32_t state, int32_t token) const;
+
+  // Tokens whose bonus from a state is not that from the root, sorted; `with_first`: not nothing. The values are what
+  // comes on top of `closing`, and without `with_first` of that from the root.
   struct Arc {
     int32_t token;
-    uint32_t target;
+    float value;
   };
-  // The tokens that lead from a state to nodes of more than one token, sorted; `with_first`: to any but the root.
   void arcs(uint32_t state, bool with_first, std::vector<Arc>* found) const;
 
  private:
   static constexpr uint32_t kRoot = 0;
 
+  bool begins_inside(int32_t token) const { return has_class(token, 1); }
+  bool ends_inside(int32_t token) const { return has_class(token, 2); }
+  bool has_class(int32_t token, uint8_t bit) const {
+    return token < static_cast<int64_t>(classes_.size()) && (classes_[token] & bit) != 0;
+  }
+  bool is_bounded(uint32_t state) const { return classes_.empty() || token_[state] == kWordBoundary; }
+  uint32_t bounded(uint32_t state) const { return is_bounded(state) ? state : next(state, kWordBoundary); }
+  uint32_t next(uint32_t state, int32_t token) const;
   uint32_t find_child(uint32_t node, int32_t token) const;
+  // Tokens of a class that lead from a state, or its suffixes but for those in `left_out`, to a node; sorted.
+  std::vector<int32_t> tokens_from(uint32_t state, bool inside, const std::vector<uint32_t>& left_out) const;
   std::vector<uint32_t> lay_out(const PhrasePatterns& patterns);  // the last node of each pattern
   void link_suffixes();
   void value(const PhrasePatterns& patterns, const std::vector<uint32_t>& last_nodes);
 
+  std::vector<uint8_t> classes_;
+  std::vector<int32_t> inside_;  // the tokens that begin inside a word
   std::vector<int32_t> token_;  // the last token of each node
   std::vector<uint32_t> parent_;
   std::vector<uint32_t> first_child_;  // [nodes + 1]

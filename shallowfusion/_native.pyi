@@ -150,7 +150,10 @@ class PhraseAutomaton:
         credits: npt.NDArray[np.float64],
         offsets: npt.NDArray[np.int64],
         phrases: npt.NDArray[np.int64],
+        classes: npt.NDArray[np.uint8],
     ) -> None: ...
+    @property
+    def start_state(self) -> int: ...
     @property
     def num_states(self) -> int: ...
     def step(

@@ -48,7 +48,7 @@ class FusionDecoder:
     Args:
         acoustic: the acoustic model.
         language_models: one weight of the rule belongs to each; those on the acoustic model's tokenizer first, unless
-            the rule is fusion.delayed, which takes the first on any.
+            the rule is fusion.delayed, which takes the first on any; n-grams of words last.
         internal_context: float [frames, size], trained to stand for "no recording", for
             fusion.internal_lm(variant="trained").
         lm_bridge: "bytes": causal language models on another tokenizer score the bytes of each candidate token (see
@@ -83,7 +83,8 @@ class FusionDecoder:
         Args:
             asr: a Whisper-type model.
             lm: a causal language model on the same tokenizer (for fusion.delayed on any), an n-gram model of its pieces
-                (a file NAME.arpa or NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
+                or of words (a file NAME.arpa or NAME.arpa.gz, see `shallowfusion build-ngram`), or several of them.
+                Words are scored as the model writes them, when the next word begins.
             device: "auto", "cpu", "cuda", "cuda:1".
             dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16", "int8" (on the CPU:
                 weights of products as int8, the rest bfloat16 or float32; see docs/speed.md for what it costs).
@@ -92,7 +93,7 @@ class FusionDecoder:
 
         Raises:
             ModelError: a model cannot be loaded.
-            VocabularyError: an n-gram model of something else than the acoustic model's pieces.
+            VocabularyError: an n-gram model of neither the acoustic model's pieces nor words it can spell.
         """
         where = choose_device(device)
         number = choose_dtype(dtype, where)

@@ -43,6 +43,7 @@ class DecodingOptions:
             may.
         hotwords: words and phrases to favour: {"Fallot": 4.0} in nats for saying it once, or texts alone, which get
             `hotword_weight` each; negative weights make a phrase less likely.
+        hotwords_inside_words: they count inside longer words too ("art" in "heart"), not only as whole words.
         coverage_weight: the n-best are ranked by score + coverage_weight * how well cross-attention covered the sound;
             `coverage` is "threshold" (frames looked at), "gnmt" or "excess" (see `fusion.coverage`).
         min_attention_centre: hypotheses that end while the decoder looks at less than this share of the recording are
@@ -82,6 +83,7 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
     hotwords: Mapping[str, float] | Sequence[str] | str | None = None
     hotword_weight: float = 4.0
+    hotwords_inside_words: bool = False
     coverage_weight: float = 0.0
     coverage: CoverageKind = "threshold"
     min_attention_centre: float | None = None

@@ -16,9 +16,8 @@ from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
-from shallowfusion.phrases.patterns import patterns, spread
+from shallowfusion.phrases.patterns import patterns, spread, whole_words
 from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.byte_bridge import ByteBridge
 from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
@@ -56,9 +55,8 @@ class SearchPlanner:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
-        self._last_phrases: tuple[dict[str, float], PhraseAutomaton] | None = None
-        bridged = self.language_models if lm_bridge is not None else ()
-        self._bridges = Bridges(acoustic.scorer.vocabulary, bridged, lm_bridge)
+        self._last_phrases: tuple[tuple[dict[str, float], bool], PhraseAutomaton] | None = None
+        self._bridges = Bridges(acoustic.scorer.vocabulary, self.language_models, lm_bridge)
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
@@ -85,11 +83,10 @@ class SearchPlanner:
             VocabularyError: a model's tokens differ from the acoustic model's, and the rule does not delay it.
         """
         require(
-            rule.delay is None or not self._bridges.languages,
+            rule.delay is None or not self._bridges.has_bytes,
             "a delayed rule re-tokenises the text itself, so it goes without lm_bridge; leave one of the two out.",
         )
-        known = self._bridges.shared if self._bridges.languages else self.language_models
-        for model in known[0 if rule.delay is None else 1 :]:
+        for model in self._bridges.shared[0 if rule.delay is None else 1 :]:
             token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
@@ -97,7 +94,7 @@ class SearchPlanner:
         if rule.delay is not None:
             return ()
         if not rule.lm_mixture:
-            models = self._bridges.shared if self._bridges.languages else self.language_models
+            models = self._bridges.shared
             return models[: len(models) - int(rule.subtracts_last)]
         return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
 
@@ -131,8 +128,8 @@ class SearchPlanner:
         names = tuple(name for name in self.names_under(rule) if name not in named)
         return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), late, rule)
 
-    def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[ByteBridge]:
-        if not self._bridges.languages:
+    def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[CandidateScorer]:
+        if not self._bridges.languages or rule.delay is not None:
             return []
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
         temperatures = options.lm_temperatures(len(self.language_models))
@@ -180,7 +177,8 @@ class SearchPlanner:
         maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
-        loaded = len(maps) + len(self._bridges.languages) + int(rule.subtracts_last)
+        heard = len(maps) + len(self._bridges.languages) + int(rule.subtracts_last)
+        loaded = len(self.language_models) if rule.delay else heard
         temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
             maps.append(self._subtracted_map(rule))
@@ -209,7 +207,7 @@ class SearchPlanner:
                 not include_end,
                 tokens.end,
             ),
-            phrases=self._phrases(options.weighted_hotwords()),
+            phrases=self._phrases(options.weighted_hotwords(), options.hotwords_inside_words),
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
@@ -222,18 +220,23 @@ class SearchPlanner:
         known = token_map(self.acoustic.scorer.vocabulary, self.language_models[-1].vocabulary, include_end=False)
         return own if known is None else torch.where(own < 0, own, known)
 
-    def _phrases(self, hotwords: dict[str, float]) -> PhraseAutomaton | None:
+    def _phrases(self, hotwords: dict[str, float], inside_words: bool) -> PhraseAutomaton | None:
         """The automaton of the hotwords; the one of the call before if they are the same."""
         if not hotwords:
             return None
-        if self._last_phrases is None or self._last_phrases[0] != hotwords:
-            encode = self.acoustic.tokenizer.encode
-
-            def segment(text: str) -> list[list[int]]:
-                return [encode(start + text.strip(), add_special_tokens=False) for start in (" ", "")]
-
-            self._last_phrases = hotwords, PhraseAutomaton(spread(patterns(hotwords, segment)))
+        if self._last_phrases is None or self._last_phrases[0] != (hotwords, inside_words):
+            pieces = self.acoustic.scorer.vocabulary.tokens
+            found = spread(patterns(hotwords, self._spellings))
+            automaton = PhraseAutomaton(found if inside_words else whole_words(found, pieces))
+            self._last_phrases = (hotwords, inside_words), automaton
         return self._last_phrases[1]
+
+    def _spellings(self, text: str) -> list[list[int]]:
+        """A phrase in tokens, with a space in front and without; none that spells another text."""
+        encode, pieces = self.acoustic.tokenizer.encode, self.acoustic.scorer.vocabulary.tokens
+        wanted = text.strip()
+        found = [encode(start + wanted, add_special_tokens=False) for start in (" ", "")]
+        return [ids for ids in found if b"".join(pieces[i] or b"" for i in ids).strip() == wanted.encode()]
 
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
         given = options.suppress_tokens

@@ -71,7 +71,12 @@ def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:
     from shallowfusion.decoder import FusionDecoder
 
     return FusionDecoder.from_pretrained(
-        arguments.asr, arguments.lm, arguments.device, arguments.dtype, arguments.internal_context
+        arguments.asr,
+        arguments.lm,
+        arguments.device,
+        arguments.dtype,
+        arguments.internal_context,
+        getattr(arguments, "lm_bridge", None),
     )
 
 

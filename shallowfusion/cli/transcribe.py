@@ -21,7 +21,10 @@ __all__ = ["add_decoding_options", "add_model_options", "add_parser", "options_f
 Transcriber = Callable[[list[str]], list[Transcription]]
 
 NUMBER = {"int": int, "float": float}
+BRIDGES = ("bytes",)
+DEFAULT_RESCORING_WEIGHT, DEFAULT_LIST_SIZE = 0.24, 20
 CTC_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
+RESCORING_OPTIONS = (*CTC_OPTIONS, "rule", "length_penalty")
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +36,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
     add_model_options(parser, is_required=False)
+    parser.add_argument(
+        "--ctc-rescore", type=float, default=None, metavar="SHARE",
+        help="search with the model's CTC head alone (and --lm NAME.arpa of words), then rank the list by SHARE * CTC "
+        "+ (1 - SHARE) * attention + other --lm, on any tokenizer",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
     add_decoding_options(parser)
     parser.set_defaults(run=run)
@@ -44,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_from(arguments)
     from shallowfusion.ctc.models import is_ctc_model
 
-    transcribe = (_ctc_transcriber if is_ctc_model(arguments.asr) else _transcriber)(arguments, options)
+    transcribe = _maker(arguments, is_ctc_model(arguments.asr))(arguments, options)
     failed = 0
     batches = range(0, len(arguments.recordings), options.batch_size)
     for start in progress(batches, f"{len(arguments.recordings)} recordings"):
@@ -56,6 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
+def _maker(arguments: argparse.Namespace, is_ctc: bool) -> Callable[..., Transcriber]:
+    if arguments.ctc_rescore is not None:
+        require(not is_ctc, f"{arguments.asr} has no attention decoder, which --ctc-rescore ranks with; leave it out.")
+        return _rescoring_transcriber
+    return _ctc_transcriber if is_ctc else _transcriber
+
+
 def _transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
     decoder = load_decoder(arguments)
     chosen = configured(arguments, decoder, options)
@@ -64,11 +79,7 @@ def _transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Tra
 
 def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
     """CTC models know few of the options; the others are errors, not ignored."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_decoding_options(parser)
-    given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
-    unused = [name for name in given if name not in CTC_OPTIONS]
-    unused += [name for name in ("config", "calibration", "internal_context") if getattr(arguments, name, None)]
+    unused = _unused(arguments, CTC_OPTIONS)
     require(not unused, f"{arguments.asr} is a CTC model, for which {', '.join(unused)} mean nothing; leave them out.")
     require(
         len(arguments.lm) <= 1 and len(arguments.lm_weight) <= 1,
@@ -87,11 +98,56 @@ def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) ->
     return lambda recordings: decoder.transcribe(recordings, None, options.n_best, options.batch_size, **chosen)
 
 
+def _rescoring_transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
+    """A CTC search with the n-gram model of words, then attention decoder and other language models on its list."""
+    unused = _unused(arguments, RESCORING_OPTIONS)
+    require(not unused, f"with --ctc-rescore {', '.join(unused)} mean nothing; leave them out.")
+    from shallowfusion.attention_rescoring import AttentionRescorer, RescoringOptions
+    from shallowfusion.ctc.settings import CtcOptions
+    from shallowfusion.decoder import FusionDecoder
+    from shallowfusion.ngrams.arpa import is_arpa
+
+    weights = arguments.lm_weight or [DEFAULT_RESCORING_WEIGHT] * len(arguments.lm)
+    require(
+        len(weights) == len(arguments.lm),
+        f"give one --lm-weight per --lm, got {len(weights)} and {len(arguments.lm)}.",
+    )
+    pairs = list(zip(arguments.lm, weights, strict=True))
+    inside = [pair for pair in pairs if is_arpa(pair[0])]
+    ranking = [pair for pair in pairs if not is_arpa(pair[0])]
+    require(len(inside) <= 1, f"the CTC search takes one --lm NAME.arpa of words, got {len(inside)}.")
+    decoder = FusionDecoder.from_pretrained(
+        arguments.asr, [name for name, _ in ranking], arguments.device, arguments.dtype
+    )
+    size = arguments.beam_size or max(DEFAULT_LIST_SIZE, options.n_best)
+    search = CtcOptions(beam_size=size, lm_weight=inside[0][1] if inside else 0.0)
+    rescorer = AttentionRescorer(decoder, search, inside[0][0] if inside else None)
+    chosen = RescoringOptions(
+        ctc_weight=arguments.ctc_rescore,
+        rule=options.rule if arguments.rule else static([weight for _, weight in ranking]),
+        length_bonus=options.length_bonus,
+        length_penalty=0.0 if arguments.length_penalty is None else options.length_penalty or 0.0,
+        n_best=options.n_best,
+        list_size=size,
+        batch_size=options.batch_size,
+    )
+    return lambda recordings: rescorer.transcribe(recordings, chosen)
+
+
+def _unused(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[str]:
+    """Given options that a way of decoding does not know."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_decoding_options(parser)
+    given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
+    others = ("config", "calibration", "internal_context", "lm_bridge")
+    return [name for name in given if name not in known] + [name for name in others if getattr(arguments, name, None)]
+
+
 def options_from(arguments: argparse.Namespace) -> DecodingOptions:
     """Decoding options as given on the command line."""
     names = {
         name: getattr(arguments, name)
-        for name in (*_numbers(), *_words(), "early_stopping")
+        for name in (*_numbers(), *_words(), "early_stopping", "hotwords_inside_words")
         if getattr(arguments, name) is not None
     }
     rule = _rule(arguments)
@@ -190,8 +246,11 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         "--lm",
         action="append",
         default=[],
-        help='language model on the same tokenizer (on any with --rule "delayed(0.5)"), or NAME.arpa of its pieces '
-        "(for a CTC model: of words); repeatable",
+        help='language model on the same tokenizer (on any with --lm-bridge, or --rule "delayed(0.5)"), or NAME.arpa '
+        "of its pieces or of words (for a CTC model: of words); repeatable",
+    )
+    parser.add_argument(
+        "--lm-bridge", choices=BRIDGES, default=None, help="how language models on another tokenizer are joined"
     )
     add_configuration(parser)
     parser.add_argument(
@@ -229,6 +288,10 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT[=NATS]",
         help="word or phrase to favour by that many nats (default: 4); repeatable, or @FILE with one a line",
     )
+    group.add_argument(
+        "--hotwords-inside-words", action="store_const", const=True, default=None,
+        help="favour them inside longer words too (default: whole words only)",
+    )  # fmt: skip
     group.add_argument("--suppress-tokens", default=None, metavar="IDS", help="-1 = the model's list, or ids: 1,2,3")
     group.add_argument("--keep-blank", action="store_true", help="allow blank or end as the first token")
 

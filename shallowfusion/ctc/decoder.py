@@ -184,7 +184,8 @@ class CTCDecoder:
             lengths: frames of each utterance, None = all.
             options: or option names as keywords.
             n_best: hypotheses per utterance.
-            rule: of fusion.delayed, for the `llm`; its interval counts frames.
+            rule: of fusion.delayed, for the `llm`; its interval counts frames. An utterance of which the `llm` says
+                NaN keeps the scores it had and has the flag "nan".
 
         Returns:
             One result per utterance, in order; one that failed has `error` set, which its `text` raises. The scores of
@@ -197,6 +198,7 @@ class CTCDecoder:
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
+            search.spelling.check("".join(piece.text for piece in self.alphabet.pieces))
         else:
             search = self._chooser.choose(search, log_probs)
         start = time.perf_counter()
@@ -208,6 +210,9 @@ class CTCDecoder:
             seconds = {"search": time.perf_counter() - start}
             timing = Timing(seconds, sum(state.num_frames) * self.frame_seconds, state.counts)
             made = [dataclasses.replace(transcription, rule=rule, timing=timing) for transcription in made]
+            for place in state.saw_nan:
+                flagged = tuple(dataclasses.replace(own, flags=("nan",)) for own in made[place].n_best)
+                made[place] = dataclasses.replace(made[place], n_best=flagged)
         for transcription in made:
             if transcription.error is not None:
                 logger.error("%s was not decoded: %s", transcription.source, transcription.error)

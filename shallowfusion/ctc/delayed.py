@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,13 @@ class DelayedCtcState:
         inner: the state of the search.
         texts: what the language model has read.
         num_steps: frames since the language model's clock began.
+        saw_nan: utterances of which the language model said NaN; they keep the scores they had.
     """
 
     inner: Any
     texts: DelayedTexts
     num_steps: int = 0
+    saw_nan: set[int] = field(default_factory=set)
     held: list[tuple[int, TextNode]] = field(default_factory=list)
 
     @property
@@ -76,12 +79,12 @@ class DelayedCtcSearch:
         assert rule.delay is not None
         self._search, self._llm, self._weight, self._delay = search, llm, rule.lm_weights[0], rule.delay
         unit = "characters" if rule.delay.unit == "characters" else "words"
-        self._spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=rule.delay.lower)  # type: ignore[arg-type]
+        self.spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=rule.delay.lower)  # type: ignore[arg-type]
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DelayedCtcState:
         """Start a batch."""
         inner = self._search.begin(num_utterances, start_states)
-        return DelayedCtcState(inner, DelayedTexts(TokenTrees(self._llm, num_utterances), self._spelling, self._delay))
+        return DelayedCtcState(inner, DelayedTexts(TokenTrees(self._llm, num_utterances), self.spelling, self._delay))
 
     def step(self, state: DelayedCtcState, log_probs: Any, lengths: Any = None) -> None:
         """Go on by a chunk; see `CtcSearchProtocol.step`."""
@@ -107,14 +110,17 @@ class DelayedCtcSearch:
         trees, requests = state.texts.trees, []
         for place, own in enumerate(live):
             for prefix in own:
-                node = trees.grow(place, self._spelling.whole(Said((), prefix.text.encode())))
+                node = trees.grow(place, self.spelling.whole(Said((), prefix.text.encode())))
                 requests.append(Request(place, node, with_end=True))
         ends = trees.score(requests)
         scores = [request.node.total + float(end[0]) for request, end in zip(requests, ends, strict=True)]
         for request in requests:
             trees.drop(request.place, request.node)
         rest = iter(scores)
-        known = [{prefix.text: next(rest) for prefix in own} for own in live]
+        known = [
+            {prefix.text: _kept(state, place, next(rest), prefix.extra / (self._weight or 1.0)) for prefix in own}
+            for place, own in enumerate(live)
+        ]
         self._search.set_extras(
             state.inner,
             [[self._weight * texts[prefix.text] for prefix in own] for own, texts in zip(live, known, strict=True)],
@@ -135,7 +141,9 @@ class DelayedCtcSearch:
             is_asked = place in state.texts.asked
             extras.append(
                 [
-                    self._weight * state.texts.total(place, row) if is_asked and row is not None else prefix.extra
+                    _kept(state, place, self._weight * state.texts.total(place, row), prefix.extra)
+                    if is_asked and row is not None
+                    else prefix.extra
                     for prefix, row in zip(own, rows, strict=True)
                 ]
             )
@@ -149,6 +157,14 @@ class DelayedCtcSearch:
     def _said(self, state: DelayedCtcState, place: int, prefix: CtcLive) -> Scored:
         text = prefix.text.encode() + (b"" if prefix.is_open or not prefix.text else b" ")
         return dataclasses.replace(state.texts.fresh(place), said=Said((), text))
+
+
+def _kept(state: DelayedCtcState, place: int, score: float, old: float) -> float:
+    """The score, or the old one if it is no number."""
+    if math.isfinite(score):
+        return score
+    state.saw_nan.add(place)
+    return old
 
 
 def _with_part(found: CtcHypothesis, score: float) -> CtcHypothesis:

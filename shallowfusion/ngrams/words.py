@@ -121,6 +121,10 @@ class WordNgram:
         scores, states, _ = self._completed(state.states, state.nodes, np.ones(len(state.nodes), dtype=np.bool_))
         return scores + self.table.end(states) + _change(np.zeros_like(state.charged), state.charged)
 
+    def closed_states(self, state: WordState) -> IntArray:
+        """int64 [rows], the states of the table once the last word, if one is open, is complete."""
+        return self._completed(state.states, state.nodes, np.ones(len(state.nodes), dtype=np.bool_))[1]
+
     def _completed(
         self, states: IntArray, nodes: IntArray, closing: npt.NDArray[np.bool_]
     ) -> tuple[FloatArray, IntArray, npt.NDArray[np.bool_]]:

@@ -31,6 +31,9 @@ class PhraseAutomatonProtocol(Protocol):
 
     and `refunds` alone is the bonus of the end token. Summed over a hypothesis the loans cancel.
 
+    Of `whole_words` a phrase is complete when the word ends, which the next token tells. `refunds` supposes that it
+    does, so that a token that goes on with the word is listed with a value that takes the gain back.
+
     Every method raises `InvalidArgumentError` for states out of range and arrays of the wrong shape.
 
     Source: Aho and Corasick (1975); refunds as icefall's context graph has them; the rule for nested phrases is ours.
@@ -38,7 +41,12 @@ class PhraseAutomatonProtocol(Protocol):
 
     @property
     def start_state(self) -> int:
-        """No phrase begun."""
+        """No phrase begun, nor anything else."""
+        ...
+
+    @property
+    def shared_state(self) -> int:
+        """No phrase begun, but maybe a word that is in none."""
         ...
 
     def step(self, states: npt.ArrayLike, shared_first: bool = False) -> Entries:
@@ -47,16 +55,17 @@ class PhraseAutomatonProtocol(Protocol):
         Args:
             states: int64 [rows].
             shared_first: for many phrases: leave the bonuses of tokens that begin a phrase, which are those of
-                `step([start_state])` in every row, to the caller's `token_bias`; the values are what comes on top.
+                `step([shared_state])` in every row, to the caller's `token_bias`; the values are what comes on top.
 
         Returns:
             int32 [rows + 1] row_offsets, int32 [entries] token_ids, ascending in a row, and float32 [entries] values:
-            all tokens that begin, continue or complete a phrase, or with `shared_first` those that do not only begin.
+            all tokens that begin, continue or complete a phrase, or with `shared_first` those that do not only begin;
+            and where a word may have completed one, those that go on with the word.
         """
         ...
 
     def refunds(self, states: npt.ArrayLike) -> Float32Array:
-        """float32 [rows], at most 0: minus what each row holds for a match in progress."""
+        """float32 [rows]: minus what each row holds for a match in progress, and what it gains if its word ends."""
         ...
 
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
@@ -68,17 +77,26 @@ class PhraseAutomaton:
     """The C++ automaton; see `PhraseAutomatonProtocol`. Immutable, so threads may share it.
 
     Price: a step takes O(entries). Every row lists the first tokens of all phrases; with thousands of phrases use
-    `shared_first`, which leaves a few entries a row. `advance` O(phrase length * log). Memory: 24 bytes per distinct
-    beginning of a phrase.
+    `shared_first`, which leaves a few entries a row. Of whole words, a row that has just said a phrase lists every
+    token that goes on with its last word, and one behind a token without letters the phrases that begin there.
+    `advance` O(phrase length * log). Memory: 24 bytes per distinct beginning of a phrase.
     """
 
     def __init__(self, patterns: Patterns) -> None:
         self._native = _native.PhraseAutomaton(
-            tokens=patterns.tokens, credits=patterns.credits, offsets=patterns.offsets, phrases=patterns.phrases
+            tokens=patterns.tokens,
+            credits=patterns.credits,
+            offsets=patterns.offsets,
+            phrases=patterns.phrases,
+            classes=patterns.classes,
         )
 
     @property
     def start_state(self) -> int:
+        return self._native.start_state
+
+    @property
+    def shared_state(self) -> int:
         return 0
 
     @property

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from shallowfusion.checks import integer, integer_array
 from shallowfusion.config import require
 from shallowfusion.phrases.automaton import Entries, Float32Array, Int64Array
-from shallowfusion.phrases.patterns import Patterns
+from shallowfusion.phrases.patterns import BEGINS_INSIDE, ENDS_INSIDE, WORD_BOUNDARY, Patterns
 
 __all__ = ["ReferencePhraseAutomaton"]
 
@@ -32,37 +32,76 @@ class ReferencePhraseAutomaton:
         beginnings = {tokens[:size]: None for tokens, _, _ in self._patterns for size in range(1, len(tokens) + 1)}
         self._matches: list[Match] = [(), *beginnings]
         self._states = {match: state for state, match in enumerate(self._matches)}
+        self._classes = patterns.classes.tolist()
 
     @property
     def start_state(self) -> int:
+        return self._states[self._bounded(())]
+
+    @property
+    def shared_state(self) -> int:
         return 0
 
     def step(self, states: npt.ArrayLike, shared_first: bool = False) -> Entries:
         matches = [self._match(state) for state in integer_array("states", states, (None,))]
-        alphabet = sorted({token for tokens, _, _ in self._patterns for token in tokens})
+        alphabet = {token for tokens, _, _ in self._patterns for token in tokens if token != WORD_BOUNDARY}
+        alphabet |= {token for token in range(len(self._classes)) if self._begins_inside(token)}
         row_offsets, token_ids, values = [0], [], []
         for match in matches:
-            for token in alphabet:
-                after, first = self._next(match, token), self._next((), token) if shared_first else ()
-                if len(after) > shared_first:
+            closing = self._closing(match)
+            for token in sorted(alphabet):
+                if self._is_listed(match, token, closing, shared_first):
+                    value = self._arrived(match, token)[1] - (closing if self._begins_inside(token) else 0.0)
                     token_ids.append(token)
-                    values.append(self._gain(after) + self._held(after) - self._gain(first) - self._held(first))
+                    values.append(value - (self._arrived((), token)[1] if shared_first else 0.0))
             row_offsets.append(len(token_ids))
         return np.array(row_offsets, np.int32), np.array(token_ids, np.int32), np.array(values, np.float32)
 
     def refunds(self, states: npt.ArrayLike) -> Float32Array:
         matches = [self._match(state) for state in integer_array("states", states, (None,))]
-        return np.array([0.0 - self._held(match) for match in matches], dtype=np.float32)
+        return np.array([self._closing(match) - self._held(match) for match in matches], dtype=np.float32)
 
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         rows = integer_array("states", states, (None,))
         given = integer_array("tokens", tokens, rows.shape)
         matches = [self._match(state) for state in rows]
         after = [
-            match if token < 0 else self._next(match, token)
+            match if token < 0 else self._arrived(match, token)[0]
             for match, token in zip(matches, given.tolist(), strict=True)
         ]
         return np.array([self._states[match] for match in after], dtype=np.int64)
+
+    def _is_listed(self, match: Match, token: int, closing: float, shared_first: bool) -> bool:
+        """A token that goes on with a match, or takes back what the end of the word would gain."""
+        if self._begins_inside(token):
+            return closing != 0 or len(self._next(match, token)) > shared_first
+        after = self._next(self._bounded(match), token)
+        return len(after) > shared_first * (1 + (after[:1] == (WORD_BOUNDARY,)))
+
+    def _begins_inside(self, token: int) -> bool:
+        return token < len(self._classes) and bool(self._classes[token] & BEGINS_INSIDE)
+
+    def _ends_inside(self, token: int) -> bool:
+        return token < len(self._classes) and bool(self._classes[token] & ENDS_INSIDE)
+
+    def _bounded(self, match: Match) -> Match:
+        """With the boundary behind it, if texts have any and it is not there yet."""
+        has_one = not self._classes or match[-1:] == (WORD_BOUNDARY,)
+        return match if has_one else self._next(match, WORD_BOUNDARY)
+
+    def _closing(self, match: Match) -> float:
+        """What phrases gain that are complete if the word ends here."""
+        bounded = self._bounded(match)
+        return 0.0 if bounded == match else self._gain(bounded)
+
+    def _arrived(self, match: Match, token: int) -> tuple[Match, float]:
+        """The match after a token and the boundaries beside it, and what arriving there is worth."""
+        after = self._next(match if self._begins_inside(token) else self._bounded(match), token)
+        value = self._gain(after)
+        if not self._ends_inside(token):
+            value += self._closing(after)
+            after = self._bounded(after)
+        return after, value + self._held(after)
 
     def _next(self, match: Match, token: int) -> Match:
         """The longest suffix of the tokens that is a beginning of a pattern."""

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from shallowfusion.checks import integer
 from shallowfusion.config import require
+from shallowfusion.text.spelling import UNSPACED
 
-__all__ = ["Patterns", "patterns", "spread"]
+__all__ = ["WORD_BOUNDARY", "Patterns", "patterns", "spread", "whole_words"]
 
-LARGEST_TOKEN = int(np.iinfo(np.int32).max)
+WORD_BOUNDARY = int(np.iinfo(np.int32).max)
+LARGEST_TOKEN = WORD_BOUNDARY - 1
+BEGINS_INSIDE, ENDS_INSIDE = 1, 2
+NO_CLASSES = np.zeros(0, dtype=np.uint8)
+UNSPACED_START, UNSPACED_END = re.compile(f"[{UNSPACED}]"), re.compile(f"[{UNSPACED}]$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,8 @@ class Patterns:
         offsets: int64 [patterns + 1]; pattern i holds tokens[offsets[i] : offsets[i + 1]].
         phrases: int64 [patterns], which phrase each spells.
         texts: of the phrases.
+        classes: uint8 [tokens of the vocabulary], 1 where a token begins inside a word and 2 where it ends inside one,
+            added up; empty = texts have no word boundaries. With them patterns hold `WORD_BOUNDARY` where texts do.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -35,6 +44,7 @@ class Patterns:
     offsets: npt.NDArray[np.int64]
     phrases: npt.NDArray[np.int64]
     texts: tuple[str, ...] = ()
+    classes: npt.NDArray[np.uint8] = field(default_factory=NO_CLASSES.copy)
 
     def __len__(self) -> int:
         return len(self.phrases)
@@ -102,3 +112,70 @@ def spread(found: Patterns) -> Patterns:
     """
     lengths = np.diff(found.offsets)
     return dataclasses.replace(found, credits=found.credits / np.repeat(lengths, lengths))
+
+
+def whole_words(found: Patterns, pieces: Sequence[bytes | None]) -> Patterns:
+    """The same patterns, to be matched where a text has a word boundary before and behind the phrase.
+
+    Letters and digits make words, and all bytes beyond ASCII count as letters; so a phrase that begins or ends with a
+    letter of a script without spaces needs no boundary on that side. White space in front of a phrase is no part of it.
+
+    Args:
+        pieces: bytes of each token of the vocabulary; None for special ones, which part words.
+
+    Raises:
+        InvalidArgumentError: a token outside the vocabulary.
+    """
+    classes = np.array([_class(piece or b"") for piece in pieces], dtype=np.uint8)
+    tokens: list[int] = []
+    credits: list[float] = []
+    offsets = [0]
+    for start, stop in itertools.pairwise(found.offsets.tolist()):
+        own, worth = found.tokens[start:stop].tolist(), found.credits[start:stop].tolist()
+        require(max(own) < len(pieces), f"phrases hold the token {max(own)}, the vocabulary {len(pieces)} tokens.")
+        while len(own) > 1 and (pieces[own[0]] or b" ").isspace():
+            own, worth = own[1:], worth[1:]
+        symbols, values = _with_boundaries(own, worth, classes)
+        text = b"".join(pieces[token] or b"" for token in own).decode("utf-8", "replace").strip()
+        span = slice(int(bool(UNSPACED_START.match(text))), len(symbols) - bool(UNSPACED_END.search(text)))
+        symbols, values = symbols[span], values[span]
+        tokens += symbols
+        credits += values
+        offsets.append(len(tokens))
+    return dataclasses.replace(
+        found,
+        tokens=np.array(tokens, dtype=np.int32),
+        credits=np.array(credits, dtype=np.float64),
+        offsets=np.array(offsets, dtype=np.int64),
+        classes=classes,
+    )
+
+
+def _with_boundaries(
+    tokens: Sequence[int], credits: Sequence[float], classes: npt.NDArray[np.uint8]
+) -> tuple[list[int], list[float]]:
+    """The tokens as a text holds them that begins and ends with a boundary, and the credit up to each."""
+    symbols, values = [WORD_BOUNDARY], [0.0]
+    for token, credit in zip(tokens, credits, strict=True):
+        if symbols[-1] != WORD_BOUNDARY and not classes[token] & BEGINS_INSIDE:
+            symbols.append(WORD_BOUNDARY)
+            values.append(values[-1])
+        symbols.append(token)
+        values.append(credit)
+        if not classes[token] & ENDS_INSIDE:
+            symbols.append(WORD_BOUNDARY)
+            values.append(credit)
+    if symbols[-1] != WORD_BOUNDARY:
+        symbols.append(WORD_BOUNDARY)
+        values.append(values[-1])
+    return symbols, values
+
+
+def _class(piece: bytes) -> int:
+    if not piece:
+        return 0
+    return BEGINS_INSIDE * _is_letter(piece[0]) + ENDS_INSIDE * _is_letter(piece[-1])
+
+
+def _is_letter(byte: int) -> bool:
+    return byte >= 128 or chr(byte).isalnum()

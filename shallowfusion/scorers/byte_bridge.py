@@ -321,6 +321,8 @@ def _pairs(parents: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> lis
 
 
 def _log_sum(values: Sequence[float]) -> float:
+    if any(map(math.isnan, values)):
+        return math.nan
     largest = max(values, default=IMPOSSIBLE)
     if not largest > IMPOSSIBLE:
         return IMPOSSIBLE
@@ -328,5 +330,5 @@ def _log_sum(values: Sequence[float]) -> float:
 
 
 def _difference(new: float, old: float) -> float:
-    """new - old; what is impossible stays so."""
-    return IMPOSSIBLE if math.isnan(new) or new == IMPOSSIBLE or old == IMPOSSIBLE else new - old
+    """new - old; what is impossible stays so, and NaN NaN."""
+    return IMPOSSIBLE if new == IMPOSSIBLE or old == IMPOSSIBLE else new - old

@@ -18,6 +18,7 @@ from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.ngram import NgramScorer
 from shallowfusion.scorers.preparation import check_int8, loading_dtype, prepare
 from shallowfusion.scorers.whisper import WhisperScorer
+from shallowfusion.scorers.word_ngram import WordLanguage, is_of_words
 from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LanguageModel = CausalLMScorer | NgramScorer
+LanguageModel = CausalLMScorer | NgramScorer | WordLanguage
 ModelScorer = TypeVar("ModelScorer", WhisperScorer, CausalLMScorer)
 
 WEIGHT_FILES = (
@@ -140,17 +141,20 @@ def _prepared(scorer: ModelScorer, dtype: torch.dtype) -> ModelScorer:
     return scorer
 
 
-def load_language_model(
-    name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype
-) -> CausalLMScorer | NgramScorer:
-    """An n-gram model of the acoustic model's pieces if the name ends in .arpa or .arpa.gz, else a causal LM.
+def load_language_model(name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """An n-gram model of acoustic pieces or of words if the name ends in .arpa or .arpa.gz, else a causal LM.
+
+    An n-gram model is taken for one of words if none of its words holds a space; pieces of a text do.
 
     Raises:
         ModelError: it cannot be loaded.
-        VocabularyError: an n-gram model of something else than the acoustic model's pieces.
+        VocabularyError: an n-gram model of neither the acoustic model's pieces nor words it can spell.
     """
     if is_arpa(name):
-        return NgramScorer(read_arpa(name), acoustic, device)
+        model = read_arpa(name)
+        if is_of_words(model, acoustic):
+            return WordLanguage(model, acoustic)
+        return NgramScorer(model, acoustic, device)
     return load_causal_lm(name, device, dtype)
 
 

@@ -46,7 +46,7 @@ class PhraseBooster:
     def __init__(self, automaton: PhraseAutomatonProtocol, vocab_size: int, num_utterances: int) -> None:
         self._automaton = automaton
         self._states: Array = np.full((num_utterances, 1), automaton.start_state, dtype=np.int64)
-        _, tokens, values = automaton.step([automaton.start_state])
+        _, tokens, values = automaton.step([automaton.shared_state])
         self.first = torch.zeros(vocab_size)  # [vocab], of the first token of each phrase
         self.first[torch.from_numpy(tokens).long()] = torch.from_numpy(values)
 

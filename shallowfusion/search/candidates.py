@@ -61,6 +61,7 @@ class CandidateScorer(Protocol):
 
         Returns:
             Log-probs in nats, float [utterances, candidates]; -inf = impossible, anything where there is no candidate.
+            NaN or +inf makes a candidate impossible and raises the utterance's flag.
         """
         ...
 
@@ -78,13 +79,17 @@ def with_candidate_scores(
 ) -> CandidateArrays:
     """Add weight * increment of every source, append their parts, and keep the best `num_candidates`.
 
-    Ties keep the order of the fused step.
+    Ties keep the order of the fused step. NaN of a source of weight 0 changes nothing.
     """
     totals = found.totals.astype(np.float64)
     parts = [found.parts]
-    exists = found.lanes >= 0
+    exists, flagged = found.lanes >= 0, found.flagged
     for scorer in scorers:
         increments = np.where(exists, scorer.increments(found.lanes, found.tokens), 0.0)
+        broken = ~(increments < np.inf)
+        if scorer.weight and broken.any():
+            flagged = flagged | broken.any(axis=1)
+            increments = np.where(broken, -np.inf, increments)
         owed = owed_of(scorer)
         new = increments if owed is None else increments - np.take_along_axis(owed, np.maximum(found.lanes, 0), axis=1)
         totals = totals + (scorer.weight * np.where(exists, new, 0.0) if scorer.weight else 0.0)
@@ -94,6 +99,7 @@ def with_candidate_scores(
     possible = kept > -np.inf
     return dataclasses.replace(
         found,
+        flagged=flagged,
         totals=kept,
         lanes=np.where(possible, np.take_along_axis(found.lanes, order, axis=1), -1),
         tokens=np.where(possible, np.take_along_axis(found.tokens, order, axis=1), -1),

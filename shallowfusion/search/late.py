@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from shallowfusion.fusion.rules import EndPolicy, Rule
 from shallowfusion.scorers.base import Context
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.token_trees import TokenTrees
+from shallowfusion.scorers.word_ngram import WordLanguage, WordNgramScorer
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.delayed import DelayedLM, DelayedTexts
@@ -78,7 +80,7 @@ def late_sources(
         return [delayed]
     proxy = _stand_in(given, rule.lm_weights[1], acoustic, context)
     if delay.proxy_form == "replace":
-        proxy = ReplacedProxy(proxy, delayed, is_late=False)
+        proxy = ReplacedProxy(proxy, delayed, is_late=isinstance(given.models[1], WordLanguage))
     return [delayed, proxy]
 
 
@@ -87,7 +89,8 @@ def finished(
 ) -> list[SearchOutcome]:
     """Score what a delayed model was not asked yet, take its stand-in's scores back, and rank again.
 
-    The last token of a hypothesis bears the change. `llm_calls` and `llm_tokens` are added to the clock's counts.
+    The last token of a hypothesis bears the change; where the model says NaN there is none, and the flag is raised.
+    `llm_calls` and `llm_tokens` are added to the clock's counts.
 
     Args:
         outcomes: of a search.
@@ -112,8 +115,10 @@ def finished(
 def _renewed(outcome: SearchOutcome, totals: npt.NDArray[np.float64], column: int, weight: float) -> SearchOutcome:
     """The outcome with one part of its hypotheses made to sum to `totals`, ranked."""
     pairs = zip(outcome.hypotheses, totals.tolist(), strict=True)
-    made = [_completed(hypothesis, total, column, weight) for hypothesis, total in pairs]
-    return dataclasses.replace(outcome, hypotheses=sorted(made, key=lambda hypothesis: -hypothesis.key))
+    made = [h if math.isnan(total) else _completed(h, total, column, weight) for h, total in pairs]
+    saw_nan = outcome.saw_nan or (weight != 0 and bool(np.isnan(totals).any()))
+    ranked = sorted(made, key=lambda hypothesis: -hypothesis.key)
+    return dataclasses.replace(outcome, hypotheses=ranked, saw_nan=saw_nan)
 
 
 def _completed(hypothesis: FinishedHypothesis, wanted: float, column: int, weight: float) -> FinishedHypothesis:
@@ -137,14 +142,18 @@ def spelling_of(llm: CausalLMScorer, acoustic: Vocabulary, delay: Delay) -> Spel
     re-tokenises for it.
 
     Raises:
-        VocabularyError: unit="tokens" with an acoustic token that the model lacks, or no tokenizer to re-tokenise with.
+        VocabularyError: unit="tokens" with an acoustic token that the model lacks, no tokenizer to re-tokenise with, or
+            one that cannot write what the acoustic tokens do.
     """
     is_same = _texts(llm.vocabulary) == _texts(acoustic)
     if delay.unit == "tokens" or (delay.unit == "auto" and is_same):
         mapping = token_map(acoustic, llm.vocabulary, include_end=False)
         return SharedTokens(_ids(mapping, acoustic, llm.vocabulary), acoustic.tokens)
     unit: Unit = "characters" if delay.unit == "characters" else "words"
-    return Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=delay.lower)
+    spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=delay.lower)
+    letters = bytes(sorted(set(b"".join(filter(None, acoustic.tokens)))))
+    spelling.check(letters.decode("ascii", "ignore"))
+    return spelling
 
 
 def _texts(vocabulary: Vocabulary) -> set[bytes]:
@@ -159,6 +168,10 @@ def _ids(mapping: Tensor | None, acoustic: Vocabulary, language: Vocabulary) -> 
 
 def _stand_in(given: DelayedModels, weight: float, acoustic: Vocabulary, context: Context) -> CandidateScorer:
     model = given.models[1]
+    if isinstance(model, WordLanguage):
+        ending: Any = given.end_policy
+        count = len(context.prompts)
+        return WordNgramScorer(model.words, acoustic.end_id, count, weight, given.names[1], model, ending)
     mapping = token_map(acoustic, model.vocabulary, include_end=given.end_policy == "lm")
     ids = _ids(mapping, acoustic, model.vocabulary)
     if given.end_policy != "lm":

@@ -120,9 +120,34 @@ class Retokenised:
             )
         self._tokenizer = tokenizer
         self._pattern = WORD if unit == "words" else CHARACTER
+        self._vocabulary = vocabulary
         self._normalise = normalise or (str.lower if lower else str)
         self._known: dict[str, Ids] = {}
         self.prefix = self._own_prefix(vocabulary) if prefix is None else prefix
+
+    def check(self, text: str) -> None:
+        """Refuse a tokenizer that loses what a transcript may hold.
+
+        Args:
+            text: holds every character of the transcripts; those of ASCII are looked at.
+
+        Raises:
+            VocabularyError: tokenised and read back, one of them is another or gone.
+        """
+        letters = sorted({letter for letter in self._normalise(text) if letter.isascii() and not letter.isspace()})
+        if self._read_back(" ".join(letters)) == " ".join(letters):
+            return
+        lost = [letter for letter in letters if self._read_back(letter) != letter]
+        if lost:
+            raise VocabularyError(
+                f"the tokenizer of {self._vocabulary.name} cannot write {len(lost)} of the {len(letters)} ASCII "
+                f"characters of the transcripts, such as {', '.join(map(repr, lost[:5]))}; use a language model whose "
+                "tokenizer keeps its text, or, where it knows small letters alone, lower=True."
+            )
+
+    def _read_back(self, text: str) -> str:
+        ids = self._tokenizer(self.prefix + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return b"".join(self._vocabulary.tokens[i] or b"" for i in ids).decode("utf-8", "replace").strip()
 
     def complete(self, said: Said) -> int:
         return sum(1 for _ in self._pattern.finditer(_decoded(said.text)))

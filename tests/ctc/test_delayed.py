@@ -19,6 +19,7 @@ from shallowfusion.ctc.search_reference import ReferenceCtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.rescoring import score_texts
+from shallowfusion.scorers.causal_lm import CausalLMScorer
 from tests.ctc.conftest import assert_same, random_log_probs, searched
 from tests.delayed_world import bpe_lm
 
@@ -198,3 +199,33 @@ def test_the_front_takes_a_rule_and_tells_the_calls() -> None:
     assert first.timing.counts["llm_calls"] > 0
     with pytest.raises(InvalidArgumentError, match=r"llm=\.\.\."):
         CTCDecoder(ALPHABET.labels, 0, 1).decode(log_probs, rule=rule)
+
+
+class BreakingLM(CausalLMScorer):
+    """Says NaN of the second of three utterances from its second pass on."""
+
+    passes = 0
+
+    def _hidden(self, cache: Any, token_ids: Any, positions: Any, plan: Any) -> Any:
+        hidden = super()._hidden(cache, token_ids, positions, plan).clone()
+        self.passes += 1
+        if self.passes > 1 and len(hidden) == 3:
+            hidden[1] = math.nan
+        return hidden
+
+
+@pytest.mark.parametrize("interval", [3, None])
+def test_nan_of_the_language_model_flags_its_utterance_alone(interval: int | None) -> None:
+    log_probs = random_log_probs(3, (3, 12, 5))
+    rule = fusion.delayed(WEIGHT, interval=interval)
+    broken = BreakingLM(LM.model, LM.vocabulary, LM.tokenizer)
+    broken.passes = 1 if interval is None else 0
+    names = (ALPHABET.labels, 0, 1)
+    found, wanted = (
+        CTCDecoder(*names, threads=1, llm=llm).decode(log_probs, rule=rule, beam_size=5, n_best=3)
+        for llm in (broken, LM)
+    )
+    assert [result.flags for result in found] == [(), ("nan",), ()]
+    assert all(math.isfinite(hypothesis.total) for hypothesis in found[1].n_best)
+    for place in (0, 2):
+        assert [h.text for h in found[place].n_best] == [h.text for h in wanted[place].n_best]

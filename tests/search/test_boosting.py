@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -12,17 +14,25 @@ from shallowfusion.demo.shipped import HERE, decoders, read_manifest
 from shallowfusion.errors import InvalidArgumentError
 from tests.tiny import random_encoder_output, tiny_decoder
 
-OPTIONS = {"suppress_blank": False, "suppress_tokens": [41, 42, 43], "max_new_tokens": 14, "beam_size": 4, "n_best": 4}
+OPTIONS = {
+    "suppress_blank": False, "suppress_tokens": [41, 42, 43], "max_new_tokens": 14, "beam_size": 4, "n_best": 4,
+    "hotwords_inside_words": True,
+}  # fmt: skip
 
 
 class NumberTokenizer:
-    """Texts are token numbers; a leading space changes nothing."""
+    """Texts are token numbers of two digits; a leading space changes nothing."""
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [int(word) for word in text.split()]
+        text = text.strip()
+        return [int(text[place : place + 2]) for place in range(0, len(text), 2)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(str(i) for i in ids if i < 40)
+        return spelled(i for i in ids if i < 40)
+
+
+def spelled(tokens: Iterable[int]) -> str:
+    return "".join(f"{token:02d}" for token in tokens)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def test_totals_hold_the_weight_once_per_phrase_said_and_nothing_for_beginnings(
     plain = model.decode(states, lm_weight=weight, **OPTIONS)
     said = max((h.token_ids for result in plain for h in result.n_best), key=len)
     phrases = {said[:2]: 3.0, said[1:4]: 2.0, (7, 9, 11): 5.0}
-    hotwords = {" ".join(map(str, phrase)): value for phrase, value in phrases.items()}
+    hotwords = {spelled(phrase): value for phrase, value in phrases.items()}
     results = model.decode(states, lm_weight=weight, hotwords=hotwords, **OPTIONS)
     found = 0
     for hypothesis in (h for result in results for h in result.n_best):
@@ -58,19 +68,19 @@ def test_totals_hold_the_weight_once_per_phrase_said_and_nothing_for_beginnings(
 def test_hotwords_of_weight_zero_change_no_token_and_heavy_ones_are_said(model) -> None:
     states = random_encoder_output(model.acoustic, 6)
     plain = model.decode(states, lm_weight=0.0, **OPTIONS)
-    none = model.decode(states, lm_weight=0.0, hotwords={"7 9": 0.0}, **OPTIONS)
+    none = model.decode(states, lm_weight=0.0, hotwords={"0709": 0.0}, **OPTIONS)
     assert [[h.token_ids for h in r.n_best] for r in none] == [[h.token_ids for h in r.n_best] for r in plain]
-    heavy = model.decode(states, lm_weight=0.0, hotwords={"7 9": 60.0}, **OPTIONS)
+    heavy = model.decode(states, lm_weight=0.0, hotwords={"0709": 60.0}, **OPTIONS)
     assert all(occurrences(r.best.token_ids, (7, 9)) for r in heavy)
     shunned = tuple(plain[0].best.token_ids[:1])
     if shunned:
-        away = model.decode(states, lm_weight=0.0, hotwords={str(shunned[0]): -60.0}, **OPTIONS)
+        away = model.decode(states, lm_weight=0.0, hotwords={spelled(shunned): -60.0}, **OPTIONS)
         assert shunned[0] not in away[0].best.token_ids
 
 
 def test_results_do_not_depend_on_the_batch(model) -> None:
     states = random_encoder_output(model.acoustic, 6)
-    hotwords = {"7 9": 6.0, "3 4 5": 8.0}
+    hotwords = {"0709": 6.0, "030405": 8.0}
     together = model.decode(states, lm_weight=0.3, hotwords=hotwords, **OPTIONS)
     for i in range(6):
         alone = model.decode(states[i : i + 1], lm_weight=0.3, hotwords=hotwords, **OPTIONS)[0]
@@ -108,7 +118,7 @@ def test_rare_words_are_found_and_none_is_said_into_silence() -> None:
 
 def test_twenty_thousand_phrases_are_one_automaton_per_decoder(model) -> None:
     rng = np.random.default_rng(1)
-    hotwords = {" ".join(map(str, rng.integers(0, 40, 6))): 1.0 for _ in range(20_000)}
+    hotwords = {spelled(rng.integers(0, 40, 6)): 1.0 for _ in range(20_000)}
     states = random_encoder_output(model.acoustic, 2)
     first = model.decode(states, rule=fusion.static(0.2), hotwords=hotwords, **OPTIONS)
     automaton = model._planner._last_phrases
@@ -116,3 +126,30 @@ def test_twenty_thousand_phrases_are_one_automaton_per_decoder(model) -> None:
     assert model._planner._last_phrases is automaton
     assert [h.total for r in first for h in r.n_best] == [h.total for r in again for h in r.n_best]
     assert torch.isfinite(torch.tensor([h.total for r in first for h in r.n_best])).all()
+
+
+def test_hotwords_are_whole_words_unless_told_otherwise() -> None:
+    planner = decoders("cpu")["asr"]._planner
+    encode = planner.acoustic.tokenizer.encode
+
+    def bonus(text: str, inside_words: bool) -> float:
+        automaton = planner._phrases({"art": 3.0}, inside_words)
+        assert automaton is not None
+        state, total = [automaton.start_state], 0.0
+        for token in encode(text, add_special_tokens=False):
+            _, ids, values = automaton.step(state)
+            listed = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            total += float(automaton.refunds(state)[0]) + listed.get(token, 0.0)
+            state = automaton.advance(state, [token]).tolist()
+        return total + float(automaton.refunds(state)[0])
+
+    wanted = {" the heart": 0, " the art of": 3, " art": 3, " artery": 0, "art": 3, " no art's art": 6}
+    assert {text: round(bonus(text, False), 4) for text in wanted} == wanted
+    assert [round(bonus(text, True), 4) for text in wanted] == [3, 3, 3, 3, 3, 6]
+
+
+@pytest.mark.parametrize("text", ["Fallot", "2 mg", "\u00e9"])
+def test_phrases_that_no_tokens_spell_are_refused(text: str) -> None:
+    """The demo's tokenizer knows a to z and drops the rest, so it would favour another text."""
+    with pytest.raises(InvalidArgumentError, match="no tokens spell the phrase"):
+        decoders("cpu")["asr"].transcribe(np.zeros(16_000, np.float32), hotwords={text: 4.0})

@@ -130,3 +130,21 @@ def test_multilingual_whisper_pieces_are_spelled_for_gpt2() -> None:
         before = ids
     assert now.text.decode() == sentence
     assert list(spelling.whole(now)) == gpt2.encode(sentence, add_special_tokens=False)
+
+
+class Lossy(Letters):
+    """Knows small letters alone, as the tokenizers of uncased models do; others are lowered or unknown."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) if letter.islower() or letter == " " else 0 for letter in text.lower()]}
+
+
+def test_a_tokenizer_that_does_not_keep_its_text_is_refused() -> None:
+    vocabulary = Vocabulary((None, *LETTERS.tokens[1:]), end_id=0, name="uncased")
+    Retokenised(Letters(), LETTERS).check("Any text, 100 %.")
+    Retokenised(Lossy(), vocabulary).check("small letters")
+    Retokenised(Lossy(), vocabulary, lower=True).check("Large Letters")
+    with pytest.raises(VocabularyError, match=r"cannot write 3 of the 11 ASCII .*'L'.*lower=True"):
+        Retokenised(Lossy(), vocabulary).check("Letters Lost in 1 go: no")
+    with pytest.raises(VocabularyError, match="such as '1'"):
+        Retokenised(Lossy(), vocabulary, lower=True).check("go 1")
