@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
+from bench import attention, bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -30,6 +30,11 @@ class Case:
 
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
+    Case(
+        "attention",
+        attention.run,
+        ("tests/scorers/test_attention.py", "tests/kernels/test_beam_attention_triton.py"),
+    ),
     Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case("ctc_prefix", ctc_prefix.run, ("tests/ctc/test_prefix_scores.py",), devices=("cpu",)),

@@ -47,7 +47,7 @@ NATIVE_FACES = {
     "scorers/token_ranges.py",
     "ctc/lexicon.py",
 }
-KERNEL_FACES = {"fusion/step.py", "scorers/token_ranges.py"}
+KERNEL_FACES = {"fusion/step.py", "scorers/attention.py", "scorers/token_ranges.py"}
 HEAVY = ("transformers", "ray", "fastapi", "matplotlib", "jiwer", "soundfile", "tokenizers", "triton", "optuna")
 
 

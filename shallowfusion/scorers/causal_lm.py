@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.scorers.base import CachedScorer, DecoderState
 from shallowfusion.scorers.slots import SlotPlan
 from shallowfusion.text.vocabulary import Vocabulary
@@ -31,6 +32,7 @@ class CausalLMScorer(CachedScorer):
         self.device = model.device
         self.num_layers = model.config.num_hidden_layers
         self.window = model.config.max_position_embeddings
+        set_slot_attention(model)
 
     def prompt(self, text_ids: Sequence[int] = ()) -> list[int]:
         """The begin token and whatever text is to be read, not scored."""
@@ -44,7 +46,7 @@ class CausalLMScorer(CachedScorer):
         hidden: Tensor = self.model.base_model(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=plan.visible,
+            attention_mask=plan.mask_for(self.model),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.scorers.base import CachedScorer, DecoderState
 from shallowfusion.scorers.slots import SlotPlan
 from shallowfusion.text.vocabulary import Vocabulary
@@ -30,6 +31,7 @@ class WhisperScorer(CachedScorer):
         self.device = model.device
         self.num_layers = model.config.decoder_layers
         self.window = model.config.max_target_positions
+        set_slot_attention(model)
 
     @torch.inference_mode()
     def encode(self, features: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class WhisperScorer(CachedScorer):
         hidden: Tensor = self.model.model.decoder(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=plan.visible,
+            attention_mask=plan.mask_for(self.model),
             encoder_hidden_states=state.encoder_output,
             past_key_values=state.cache,
             use_cache=True,
