@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.timing import Measurement, measurements, take_turns
-from shallowfusion.scorers.attention import frame_attention, slot_attention, slot_table, write_slots
+from shallowfusion.scorers.attention import frame_attention, slot_attention, write_slots
+from shallowfusion.scorers.slot_tables import slot_table
 
 __all__ = ["Step", "make_step", "run"]
 

@@ -17,8 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from shallowfusion.config import require
+from shallowfusion.scorers.slot_tables import HEADER, WORD
 
-__all__ = ["ATTENTION", "frame_attention", "set_slot_attention", "slot_attention", "slot_table", "table_backend"]
+__all__ = ["ATTENTION", "frame_attention", "set_slot_attention", "slot_attention", "table_backend", "write_slots"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ Backend = Literal["auto", "reference", "sdpa", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sdpa", "triton")
 ATTENTION = "shallowfusion"  # as transformers knows it; with _triton, _sdpa or _reference behind it that backend always
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WORD = 32
-HEADER = 2
 MOST_QUERIES = 64  # beyond, a pass over frames is bound by arithmetic, and plain attention is as good
 
 
@@ -137,31 +136,6 @@ def write_slots(
     else:
         keys.index_put_((places[:, None], slots), new_keys)
         values.index_put_((places[:, None], slots), new_values)
-
-
-def slot_table(visible: Tensor, places: Tensor | None = None) -> Tensor:
-    """The slots that somebody sees, and by whom, as int32 [utterances, 2 + words, width].
-
-    Row 0 holds the place of the utterance in the pool and the number of entries; row 1 the slot of each entry; row
-    2 + w in bit b whether query 32 * w + b sees it. The width is a multiple of 16.
-
-    Args:
-        visible: bool [utterances, queries, slots].
-        places: integers [utterances]; None = in order.
-    """
-    utterances, queries, slots = visible.shape
-    words, device = -(-queries // WORD), visible.device
-    padded = torch.nn.functional.pad(visible, (0, 0, 0, words * WORD - queries)).view(utterances, words, WORD, slots)
-    shifts = torch.arange(WORD, dtype=torch.int32, device=device)[:, None]
-    bits = (padded.to(torch.int32) << shifts).sum(dim=2, dtype=torch.int32)
-    live = visible.any(dim=1)
-    order = torch.argsort(live.to(torch.int8), dim=1, descending=True, stable=True)
-    table = torch.zeros((utterances, HEADER + words, -(-max(slots, 2) // 16) * 16), dtype=torch.int32, device=device)
-    table[:, 0, 0] = torch.arange(utterances, device=device) if places is None else places.to(device)
-    table[:, 0, 1] = live.sum(dim=1)
-    table[:, 1, :slots] = order
-    table[:, HEADER:, :slots] = bits.gather(2, order[:, None].expand(-1, words, -1))
-    return table
 
 
 def set_slot_attention(model: Any, backend: Backend = "auto") -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from shallowfusion.scorers.attention import slot_table, table_backend, write_slots
+from shallowfusion.scorers.attention import table_backend, write_slots
 from shallowfusion.scorers.page_pool import PagePool
+from shallowfusion.scorers.slot_tables import slot_table
 
 __all__ = ["BeamSlots", "SlotLayer", "SlotPlan", "StoredLayer", "decoder_cache", "moves_to_front"]
 

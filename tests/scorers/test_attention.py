@@ -13,14 +13,12 @@ from shallowfusion.scorers.attention import (
     frame_attention,
     set_slot_attention,
     slot_attention,
-    slot_table,
     table_backend,
 )
 from shallowfusion.scorers.base import Context
 from shallowfusion.scorers.causal_lm import CausalLMScorer
-from shallowfusion.scorers.slots import BeamSlots
 from shallowfusion.scorers.token_tree import TokenTree
-from tests.kernels.attention_cases import Sizes, assert_in_budget, exact_slots, frame_call, slot_call, table_of
+from tests.kernels.attention_cases import Sizes, assert_in_budget, exact_slots, frame_call, slot_call
 from tests.scorers.test_cached_scorers import run_random_search
 from tests.tiny import END, NO_TIMESTAMPS, START, random_encoder_output, tiny_lm, tiny_whisper, vocabulary
 
@@ -47,40 +45,6 @@ def test_backends_agree_over_frames(backend: str, with_lengths: bool) -> None:
     exact = frame_attention(*(part.double().float() for part in call), lengths, 0.25, backend="reference")
     torch.testing.assert_close(found, exact, atol=2e-6, rtol=0)
     assert not with_lengths or not found[1].any()
-
-
-@pytest.mark.parametrize("queries", [1, 5, 31, 32, 33, 70])
-def test_tables_are_what_bits_one_by_one_make(queries: int) -> None:
-    generator = torch.Generator().manual_seed(queries)
-    visible = torch.rand((3, queries, 45), generator=generator) < 0.05
-    visible[1] = False
-    table = slot_table(visible, torch.tensor([4, 0, 2]))
-    assert table.shape[2] % 16 == 0
-    assert table[:, 0, 0].tolist() == [4, 0, 2]
-    for own, seen in zip(table, visible, strict=True):
-        live = seen.any(dim=0).nonzero()[:, 0]
-        assert own[0, 1] == len(live)  # slots that nobody sees are not walked
-        assert torch.equal(own[1, : len(live)].long(), live)
-        expected = table_of(seen[None][:, :, live], live[None], torch.tensor([0]))
-        assert torch.equal(own[2:, : len(live)], expected[0, 2:, : len(live)])
-
-
-def test_a_plan_of_beams_as_a_table() -> None:
-    """Forks and steps of real bookkeeping: the bits of each row are the slots of its sequence."""
-    slots = BeamSlots(2, 200, torch.device("cpu"))
-    slots.prefill([3, 2])
-    rng = np.random.default_rng(0)
-    slots.fork(np.zeros((2, 4), dtype=np.int64))
-    for _ in range(10):
-        plan = slots.append(np.ones((2, 4), dtype=bool))
-        table = slot_table(plan.visible[:, 0])
-        for i, (pool, rows) in enumerate(zip(slots._pools, slots._rows, strict=True)):
-            count = int(table[i, 0, 1])
-            assert count == pool.num_used
-            for k, row in enumerate(rows):
-                seen = table[i, 1, :count][(table[i, 2, :count] >> k & 1).bool()]
-                assert sorted(seen.tolist()) == sorted(pool.slots(int(row)).tolist())
-        slots.fork(rng.integers(0, 4, (2, 4)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
