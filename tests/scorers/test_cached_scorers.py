@@ -45,7 +45,7 @@ class Uncached:
         found = []
         for i, (own, starts) in enumerate(zip(self.rows, self.starts, strict=True)):
             for row, start in zip(own, starts, strict=True):
-                ids = torch.tensor([row[start:]])
+                ids = torch.tensor([row[start:]], device=self.scorer.device)
                 if self.states is None:
                     logits = self.scorer.model(input_ids=ids, use_cache=False).logits
                 else:
