@@ -57,7 +57,7 @@ class BurdenedLM(CausalLMScorer):
         self.burden.base_model(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=plan.visible,
+            attention_mask=plan.mask_for(self.burden),
             past_key_values=cache.burden,
             use_cache=True,
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bench import (
+    attention,
     bridge,
     ctc,
     ctc_batch,
@@ -45,6 +46,11 @@ class Case:
 
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
+    Case(
+        "attention",
+        attention.run,
+        ("tests/scorers/test_attention.py", "tests/kernels/test_beam_attention_triton.py"),
+    ),
     Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
     Case(
         "step_ladder",

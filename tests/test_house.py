@@ -50,6 +50,7 @@ NATIVE_FACES = {
 }
 KERNEL_FACES = {
     "fusion/step.py",
+    "scorers/attention.py",
     "scorers/token_ranges.py",
     "search/beam_mirror_reference.py",
     "search/device_step.py",

@@ -44,7 +44,7 @@ class CausalLMScorer(CachedScorer):
         hidden: Tensor = self.model.base_model(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=plan.visible,
+            attention_mask=plan.mask_for(self.model),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

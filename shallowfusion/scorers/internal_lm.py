@@ -61,7 +61,7 @@ class InternalLMScorer(WhisperScorer):
         hidden: Tensor = self.model.model.decoder(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=plan.visible,
+            attention_mask=plan.mask_for(self.model),
             encoder_hidden_states=None,  # leaves the cross-attention branch out
             past_key_values=state.cache,
             use_cache=True,

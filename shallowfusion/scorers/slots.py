@@ -7,14 +7,17 @@ writes its key and value into a slot of that utterance and sees the slots of its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
+from shallowfusion.scorers.attention import table_backend, write_slots
 from shallowfusion.scorers.page_pool import PagePool
+from shallowfusion.scorers.slot_tables import slot_table
 
 __all__ = ["BeamSlots", "SlotLayer", "SlotPlan", "StoredLayer", "decoder_cache", "moves_to_front"]
 
@@ -27,17 +30,27 @@ class SlotPlan:
 
     Args:
         slots: int64 [utterances, queries].
-        visible: bool [utterances, 1, queries, slots], the attention mask.
+        visible: bool [utterances, 1, queries, slots], on any device.
         lanes: int64 [utterances], where in the cache each of them lies; None = in order, and then nothing is copied.
+        backend: reads the slot table; None while the mask is read.
     """
 
     slots: Tensor
     visible: Tensor
     lanes: Tensor | None = None
+    backend: str | None = field(default=None, init=False)
 
     @property
     def num_slots(self) -> int:
         return int(self.visible.shape[-1])
+
+    def mask_for(self, model: Any) -> Tensor:
+        """What the model is given as its attention mask: `visible`, or the slot table if its attention reads that."""
+        self.backend = table_backend(model.config._attn_implementation, self.slots.device)
+        if self.backend is None:
+            self.visible = self.visible.to(self.slots.device)
+            return self.visible
+        return slot_table(self.visible[:, 0], self.lanes).to(self.slots.device)[:, None]
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -65,8 +78,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.values = _with_capacity(self.values, used)
         chosen = self.plan.lanes
         lanes = torch.arange(slots.shape[0], device=slots.device) if chosen is None else chosen
-        self.keys.index_put_((lanes[:, None], slots), key_states.transpose(1, 2))
-        self.values.index_put_((lanes[:, None], slots), value_states.transpose(1, 2))
+        backend = self.plan.backend
+        new = (key_states.transpose(1, 2), value_states.transpose(1, 2))
+        write_slots(*new, self.keys, self.values, slots, lanes, backend or "sdpa")
+        if backend is not None:  # the table says where in the whole of it to look
+            return self.keys.transpose(1, 2), self.values.transpose(1, 2)
         if chosen is not None:
             return self.keys[chosen, :used].transpose(1, 2), self.values[chosen, :used].transpose(1, 2)
         active = slots.shape[0]
@@ -250,4 +266,4 @@ class BeamSlots:
         self._rows = [self._rows[place] for place in order]
 
     def _plan(self, slots: Tensor, visible: Tensor) -> SlotPlan:
-        return SlotPlan(slots.to(self._device), visible[:, None].to(self._device))
+        return SlotPlan(slots.to(self._device), visible[:, None])

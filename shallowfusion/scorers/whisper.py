@@ -42,7 +42,7 @@ class WhisperScorer(CachedScorer):
         hidden: Tensor = self.model.model.decoder(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=plan.visible,
+            attention_mask=plan.mask_for(self.model),
             encoder_hidden_states=state.encoder_output,
             past_key_values=state.cache,
             use_cache=True,

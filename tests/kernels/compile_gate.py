@@ -32,6 +32,7 @@ from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays,
 from shallowfusion.kernels.fused_step import Launch, plan_fused_step, plan_row_statistics
 from shallowfusion.kernels.range_lse import plan_range_log_probs
 from shallowfusion.values import StepRequest, Unmapped, no_candidates
+from tests.kernels.attention_cases import attention_launches
 from tests.kernels.cases import extras, request
 from tests.kernels.range_cases import ranges_of
 
@@ -159,14 +160,17 @@ def inspect(cubin: bytes) -> dict[str, int]:
         )
     numbers = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE))
-    return {**numbers, "instructions": instructions, "wide_loads": code.count("LDG.E.128")}
+    copies = len(re.findall(r"LDGSTS\.E\.BYPASS\S*\.128", code))
+    stores = code.count("STG.E.128")
+    wide = {"wide_loads": code.count("LDG.E.128"), "wide_copies": copies, "wide_stores": stores}
+    return {**numbers, "instructions": instructions, **wide}
 
 
 def compile_all(capability: int) -> list[dict[str, Any]]:
     driver.set_active(CompileOnly(capability))
     seen: set[str] = set()
     report = []
-    for name, launch in itertools.chain(launches(), range_launches(), advance_launches()):
+    for name, launch in itertools.chain(launches(), range_launches(), advance_launches(), attention_launches()):
         began = time.perf_counter()
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
         if compiled.hash in seen:
@@ -177,6 +181,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
         seconds = round(time.perf_counter() - began, 2)
         report.append({"capability": capability, "kernel": kernel, "request": name, **found, "seconds": seconds})
         report[-1]["constants"] = {key: value for key, value in launch.constants.items() if key.isupper()}
+        report[-1]["warps"] = launch.constants["num_warps"]
         report[-1]["itemsize"] = launch.arguments[0][0].element_size() if isinstance(launch.arguments[0], tuple) else 0
         print(json.dumps(report[-1]), flush=True)
     return report

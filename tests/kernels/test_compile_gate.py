@@ -28,7 +28,12 @@ CEILINGS = {
     "beam_advance": 192,
     "follow_slots": 128,
     "limit_end": 32,
+    "attend_slots": 255,
+    "attend_frames": 255,
+    "merge_splits": 64,
+    "write_slots": 64,
 }
+ONE_HEAD_CEILING = 128  # attention in half precision, head size 64, 16 query rows: four programs
 MANY_SOURCES_CEILING = 255  # three or four sources hold three or four tiles
 
 
@@ -110,3 +115,27 @@ def test_slot_lists_are_loaded_sixteen_bytes_at_a_time(report):
     lists = [entry for entry in report if entry["kernel"] == "follow_slots" and entry["constants"]["K"] <= 8]
     assert len(lists) >= 4
     assert all(entry["wide_loads"] >= 2 for entry in lists)
+
+
+@pytest.mark.slow
+def test_keys_and_values_are_copied_sixteen_bytes_at_a_time(report):
+    """Both tiles by asynchronous copies, twice: before the loop and in it; nothing else of size is loaded there."""
+    tiles = [entry for entry in report if entry["kernel"] in ("attend_slots", "attend_frames")]
+    assert {entry["constants"]["ROWS"] for entry in tiles} == {16, 32, 64, 128}
+    assert {entry["constants"]["DIM"] for entry in tiles} == {64, 80, 96, 128, 256}
+    for entry in tiles:
+        constants, itemsize = entry["constants"], 4 if "float32" in entry["request"] else 2
+        copies = 2 * constants["BLOCK"] * constants["WIDE"] * itemsize // (16 * 32 * entry["warps"])
+        assert entry["wide_copies"] >= 2 * copies, entry
+        if constants["ROWS"] == 16 and constants["WIDE"] == 64 and itemsize == 2:
+            assert entry["reg"] <= ONE_HEAD_CEILING, entry
+
+
+@pytest.mark.slow
+def test_new_keys_and_values_are_moved_sixteen_bytes_at_a_time(report):
+    writes = [entry for entry in report if entry["kernel"] == "write_slots"]
+    large = [entry for entry in writes if entry["constants"]["HEADS"] * entry["constants"]["DIM"] >= 256]
+    assert large
+    for entry in large:
+        assert entry["wide_loads"] >= 2, entry
+        assert entry["wide_stores"] >= 2, entry

@@ -45,7 +45,7 @@ class Uncached:
         found = []
         for i, (own, starts) in enumerate(zip(self.rows, self.starts, strict=True)):
             for row, start in zip(own, starts, strict=True):
-                ids = torch.tensor([row[start:]])
+                ids = torch.tensor([row[start:]], device=self.scorer.device)
                 if self.states is None:
                     logits = self.scorer.model(input_ids=ids, use_cache=False).logits
                 else:
@@ -57,14 +57,23 @@ class Uncached:
         return torch.stack(found)
 
 
-def run_random_search(scorer: CachedScorer, prompts: list[list[int]], states: torch.Tensor | None, seed: int) -> None:
+def run_random_search(
+    scorer: CachedScorer,
+    prompts: list[list[int]],
+    states: torch.Tensor | None,
+    seed: int,
+    *,
+    uncached: CachedScorer | None = None,
+    steps: int = STEPS,
+) -> None:
+    """`uncached` is read from the beginning each time; None = the same model."""
     rng = np.random.default_rng(seed)
     beam = int(rng.integers(1, 6))
-    slow = Uncached(scorer, prompts, states)
-    state = scorer.start(Context(prompts, beam, STEPS, states))
+    slow = Uncached(uncached or scorer, prompts, states)
+    state = scorer.start(Context(prompts, beam, steps, states))
     torch.testing.assert_close(torch.log_softmax(state.logits, -1), slow.log_probs(), atol=1e-4, rtol=0)
     rows, utterances = 1, len(prompts)
-    for step in range(STEPS):
+    for step in range(steps):
         parents = rng.integers(0, rows, (utterances, beam))
         tokens = rng.integers(0, 40, (utterances, beam))
         if states is None:
