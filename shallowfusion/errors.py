@@ -8,6 +8,7 @@ __all__ = [
     "CapacityError",
     "InvalidArgumentError",
     "ModelError",
+    "SessionError",
     "ShallowFusionError",
     "VocabularyError",
 ]
@@ -39,3 +40,7 @@ class VocabularyError(ShallowFusionError, ValueError):
 
 class CapacityError(ShallowFusionError, RuntimeError):
     """A fixed-size resource (pages, slots, bytes) is exhausted."""
+
+
+class SessionError(ShallowFusionError, RuntimeError):
+    """A session is closed and takes no more requests."""

@@ -100,6 +100,8 @@ def class_factors(vocabulary: Vocabulary, factors: Mapping[str, float]) -> Tenso
             word_initial (begins with a space, and is more than that).
     """
     product = torch.ones(len(vocabulary))
+    if not factors:
+        return product
     for i, token in enumerate(vocabulary.tokens):
         if i == vocabulary.end_id:
             product[i] *= factors.get("end", 1.0)
