@@ -63,7 +63,8 @@ class ModelBatch:
         self.seats = [seat for seat in self.seats if len(seat.cohort.order)]
         kept = sorted(int(place) for seat in self.seats for place in seat.places[seat.cohort.order])
         size, self.size = self.size, len(kept)
-        if not kept:
+        if not kept:  # every slot is given back before the state goes
+            self.scorer.keep(self.state, [])
             self.state = None
             return
         _, order = moves_to_front(kept)
