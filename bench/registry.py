@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, tuning
+from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, session, tuning
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -42,4 +42,5 @@ CASES = (
     ),
     Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
+    Case("session", session.run, ("tests/session/test_front.py", "tests/search/test_running.py")),
 )

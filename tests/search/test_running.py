@@ -107,6 +107,7 @@ def test_when_a_model_cannot_start_those_that_run_go_on(monkeypatch) -> None:
     running.step()
     lm = MODEL.language_models[0]
     for name in ("start", "admit"):  # the second fails after the acoustic model took the cohort in
+
         def fail(*args: object) -> None:
             raise MemoryError("no memory")
 

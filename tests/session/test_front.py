@@ -87,9 +87,7 @@ def test_random_arrivals_options_and_cancellations_change_no_result_and_leak_not
             for each in asked:
                 time.sleep(each["pause"])
                 encoded = recordings[each["recording"]]
-                futures.append(
-                    session.submit(encoded, language_models=each["language_models"], **each["options"])
-                )
+                futures.append(session.submit(encoded, language_models=each["language_models"], **each["options"]))
                 if each["cancel_after"] is not None:
                     threading.Timer(each["cancel_after"], futures[-1].cancel).start()
         assert_nothing_is_left(session)
@@ -128,9 +126,7 @@ def test_a_result_returns_when_its_own_search_ends(one_lm, recordings) -> None:
 def test_beams_of_any_size_share_a_session(one_lm, recordings) -> None:
     sizes = [1, 10, 3, 1, 7, 2]
     with one_lm.session(max_utterances=6, admission_seconds=1.0, encoder_batch=6) as session:
-        futures = [
-            session.submit(recordings[i], beam_size=size, lm_weight=0.3, **BASE) for i, size in enumerate(sizes)
-        ]
+        futures = [session.submit(recordings[i], beam_size=size, lm_weight=0.3, **BASE) for i, size in enumerate(sizes)]
     for i, (size, future) in enumerate(zip(sizes, futures, strict=True)):
         assert_same(future.result(), alone(one_lm, recordings[i], beam_size=size, lm_weight=0.3, **BASE))
 
@@ -201,9 +197,14 @@ def test_closing_with_cancel_ends_everything_at_once(one_lm, recordings) -> None
 
 def test_an_error_inside_the_block_cancels_what_waits(one_lm, recordings) -> None:
     futures: list[Any] = []
-    with pytest.raises(KeyError), one_lm.session(max_utterances=1) as session:
-        futures += [session.submit(own, **BASE) for own in recordings]
-        raise KeyError
+
+    def fail() -> None:
+        with one_lm.session(max_utterances=1) as session:
+            futures.extend(session.submit(own, **BASE) for own in recordings)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert all(future.done() for future in futures)
     assert futures[-1].cancelled()
 
