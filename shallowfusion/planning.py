@@ -264,7 +264,7 @@ class SearchPlanner:
         loaded = len(maps) + len(self._bridges.languages)
         temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
-            maps.append(text_map(acoustic.vocabulary))
+            maps.append(self._once("text map", lambda: text_map(acoustic.vocabulary)))
             unmapped.append(nothing)
             temperatures.append(1.0)
         room = acoustic.window - prefix_length

@@ -15,6 +15,7 @@ from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, BeamStep
 from shallowfusion.search.candidates import CandidateArrays, CandidateScorer
 from shallowfusion.search.rows import Rows
+from shallowfusion.search.step_calls import StepCall, run_together
 
 if TYPE_CHECKING:
     from shallowfusion.search.loop import SearchPlan, StageClock
@@ -49,8 +50,7 @@ class ModelBatch:
     def logits(self, places: Array, lanes: int) -> Tensor:
         """[places * lanes, vocab]; a view where the rows lie side by side."""
         own: Tensor = self.state.logits
-        is_run = int(places[-1]) - int(places[0]) == len(places) - 1 and bool((np.diff(places) == 1).all())
-        if is_run and lanes == self.rows:
+        if _is_run(places) and lanes == self.rows:
             return own[int(places[0]) * lanes : (int(places[-1]) + 1) * lanes]
         if len(places) == 1:
             first = int(places[0]) * self.rows
@@ -126,13 +126,25 @@ class Cohort:
     def beam_size(self) -> int:
         return self.plan.settings.beam_size
 
+    def is_beside(self, other: Cohort) -> bool:
+        """Whether the other's rows follow on its own in every model, so that one view shows both."""
+        lanes = self.rows.totals.shape[1]
+        return all(
+            own.batch is their.batch
+            and own.batch.rows == lanes
+            and _is_run(own.places)
+            and _is_run(their.places)
+            and int(own.places[-1]) + 1 == int(their.places[0])
+            for own, their in zip(self.seats, other.seats, strict=True)
+        )
+
     @property
     def num_live_rows(self) -> int:
         return int((self.rows.totals > -np.inf).sum())
 
-    def candidates(self) -> CandidateArrays:
+    def call(self) -> StepCall:
         lanes = self.rows.totals.shape[1]
-        return self.rows.candidates([seat.batch.logits(seat.places, lanes) for seat in self.seats], self.step)
+        return self.rows.call([seat.batch.logits(seat.places, lanes) for seat in self.seats], self.step)
 
     def advance(self, found: CandidateArrays) -> None:
         """Let the beams take the candidates, and find out who goes on."""
@@ -151,10 +163,11 @@ class Cohort:
 
 
 class RunningSearches:
-    """Beam searches in lockstep: each step is one pass per model over all rows, then one fused step per cohort.
+    """Beam searches in lockstep: each step is one pass per model over all rows, and few fused steps.
 
-    Fusion and stop rules are each cohort's own, so that utterances with any options share the passes. Synchronises with
-    the device once per cohort and step.
+    Fusion and stop rules are each cohort's own, so that utterances with any options share the passes. Cohorts whose
+    fused steps differ in weights and totals only share one where their rows lie side by side; nothing is copied for it.
+    Synchronises with the device once per fused step.
 
     Args:
         clock: stages of the work, and counts: "row_steps" that models computed for utterances that run, "live_rows"
@@ -223,11 +236,11 @@ class RunningSearches:
     def step(self) -> list[Cohort]:
         """One token for every hypothesis that lives; returns the cohorts that ran, with who `ended`."""
         ran = self.cohorts
-        for cohort in ran:
-            with self.clock("fusion"):
-                found = cohort.candidates()
-            with self.clock("search"):
-                cohort.advance(found)
+        with self.clock("fusion"):
+            found = self._candidates()
+        with self.clock("search"):
+            for cohort, candidates in zip(ran, found, strict=True):
+                cohort.advance(candidates)
         for batch in self._batches.values():
             with self.clock(batch.name):
                 batch.advance()
@@ -240,7 +253,41 @@ class RunningSearches:
             self.clock.counts["live_rows"] += cohort.num_live_rows
         return ran
 
+    def _candidates(self) -> list[CandidateArrays]:
+        """One fused step for all cohorts whose calls are alike and whose rows lie side by side in every model."""
+        order = sorted(range(len(self.cohorts)), key=lambda i: int(self.cohorts[i].seats[0].places[0]))
+        calls = {i: self.cohorts[i].call() for i in order}
+        groups: list[list[int]] = []
+        for i in order:
+            last = groups[-1][-1] if groups else None
+            if (
+                last is not None
+                and calls[i].key is not None
+                and calls[last].key == calls[i].key
+                and self.cohorts[last].is_beside(self.cohorts[i])
+            ):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        found: dict[int, CandidateArrays] = {}
+        for group in groups:
+            together = [calls[i] for i in group]
+            sources = None if len(group) == 1 else _logits_of([self.cohorts[i] for i in group], together[0].beam_size)
+            found.update(zip(group, run_together(together, sources), strict=True))
+        self.clock.counts["fused_steps"] += len(groups)
+        return [cohort.rows.survivors(found[i]) for i, cohort in enumerate(self.cohorts)]
+
     @property
     def is_empty(self) -> bool:
         """Whether no model holds anything of any utterance."""
         return not self._batches and not self.cohorts
+
+
+def _is_run(places: Array) -> bool:
+    return int(places[-1]) - int(places[0]) == len(places) - 1 and bool((np.diff(places) == 1).all())
+
+
+def _logits_of(cohorts: Sequence[Cohort], lanes: int) -> list[Tensor]:
+    """Views of the logits of cohorts that lie side by side, per source."""
+    columns = zip(*(cohort.seats for cohort in cohorts), strict=True)
+    return [seats[0].batch.logits(np.concatenate([seat.places for seat in seats]), lanes) for seats in columns]

@@ -172,3 +172,27 @@ def test_orders_of_places_stay_distinct_when_many_come_and_go() -> None:
         running.step()
     for cohort, encoded, options in cohorts:
         assert_as_alone(cohort, encoded, **options)
+
+
+def test_cohorts_share_a_fused_step_where_their_rows_lie_side_by_side() -> None:
+    clock = StageClock()
+    running = RunningSearches(clock)
+    alike = {"beam_size": 3, "min_new_tokens": 9}
+    first = admitted(running, STATES[:2], lm_weight=0.1, **alike)
+    second = admitted(running, STATES[2:3], lm_weight=0.6, **alike)  # another weight is another number
+    running.step()
+    assert clock.counts["fused_steps"] == 1
+    third = admitted(running, STATES[3:4], lm_weight=0.6, **alike)
+    running.step()  # one row of its first step beside three of the others
+    assert clock.counts["fused_steps"] == 1 + 2
+    running.step()
+    assert clock.counts["fused_steps"] == 3 + 1
+    first.cancelled.add(0)
+    running.step()
+    before = clock.counts["fused_steps"]
+    running.step()  # the last utterance moved to the place of the first, so the others are torn apart
+    assert 1 <= clock.counts["fused_steps"] - before <= 3
+    while running.num_running:
+        running.step()
+    assert_as_alone(second, STATES[2:3], lm_weight=0.6, **alike)
+    assert_as_alone(third, STATES[3:4], lm_weight=0.6, **alike)

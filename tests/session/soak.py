@@ -1,4 +1,4 @@
-"""Random searches for as long as one likes: `python -m tests.session.soak 10000`. Nothing may leak, nothing may grow."""
+"""Random searches that may neither leak nor grow, for as long as one likes: `python -m tests.session.soak 10000`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def soak(searches: int, seed: int = 0) -> dict[str, float]:
     for number in range(searches):
         if number == searches // 3:
             early = resident_bytes()
+        if number % 500 == 499 and searches > 1000:
+            print(f"{number + 1} searches, {resident_bytes() / 1e6:.1f} MB resident", flush=True)
         place, options = draw.randrange(len(recordings)), random_options(draw)
         future = session.submit(recordings[place], **options)
         if draw.random() < LEFT_OUT:

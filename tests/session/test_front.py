@@ -75,7 +75,7 @@ def prompted(two_lms: FusionDecoder) -> FusionDecoder:
 def test_random_arrivals_options_and_cancellations_change_no_result_and_leak_nothing(
     prompted: FusionDecoder, recordings: torch.Tensor
 ) -> None:
-    @settings(max_examples=25)
+    @settings(max_examples=12)
     @given(
         asked=st.lists(requests(), min_size=1, max_size=8),
         most=st.integers(1, 5),
