@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.timing import Measurement, measurements, take_turns
 
-__all__ = ["SHAPES", "Pair", "generate", "make_pair", "ours", "run"]
+__all__ = ["SHAPES", "WEIGHT", "Pair", "encoder_output", "generate", "make_int8_pair", "make_pair", "ours", "run"]
 
 WEIGHT = 0.3
 TEXT_TOKENS, END, START, NO_TIMESTAMPS = 50_256, 50_256, 50_257, 50_362
@@ -84,6 +84,16 @@ def make_pair(shape: Shape, device: str = "cpu") -> Pair:
     )
     scorer = CausalLMScorer(lm, Vocabulary((*pieces, None), END, END, "gpt2"))
     return Pair(FusionDecoder(acoustic, [scorer]), FusionDecoder(acoustic), whisper, lm)
+
+
+def make_int8_pair(name: str) -> Pair:
+    """The same models with int8 weights."""
+    from shallowfusion.scorers.preparation import prepare
+
+    pair = make_pair(SHAPES[name])
+    for model in (pair.whisper, pair.lm):
+        prepare(model, torch.int8)
+    return pair
 
 
 class NumberTokenizer:

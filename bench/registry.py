@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, rescoring, session, tuning
+from bench import bridge, ctc, ctc_prefix, decode, delayed, fused_step, ngram, peers, rescoring, session, stages, tuning
 from bench.timing import Measurement
 
 __all__ = ["CASES", "Case"]
@@ -31,6 +31,8 @@ class Case:
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
     Case("decode", decode.run, ("tests/search/test_generate_parity.py",)),
+    Case("peers", peers.run, ("tests/search/test_generate_parity.py", "tests/scorers/test_preparation.py"), ("cpu",)),
+    Case("stages", stages.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case("ctc_prefix", ctc_prefix.run, ("tests/ctc/test_prefix_scores.py",), devices=("cpu",)),
     Case("rescoring", rescoring.run, ("tests/test_rescoring.py",)),

@@ -84,7 +84,8 @@ class FusionDecoder:
             lm: a causal language model on the same tokenizer (for fusion.delayed on any), an n-gram model of its pieces
                 (a file NAME.arpa or NAME.arpa.gz, see `shallowfusion build-ngram --units tokens`), or several of them.
             device: "auto", "cpu", "cuda", "cuda:1".
-            dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16".
+            dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16", "bfloat16", "int8" (on the CPU:
+                weights of products as int8, the rest bfloat16 or float32; see docs/speed.md for what it costs).
             internal_context: file of `shallowfusion train-ilm`, for fusion.internal_lm(variant="trained").
             lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
 

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="figures and transcripts as JSON")
     parser.add_argument("--beam-size", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, int8 (default: auto)")
     parser.set_defaults(run=run)
 
 

@@ -198,7 +198,7 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         "--internal-context", default=None, metavar="FILE", help="of train-ilm, for internal_lm(..., variant='trained')"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, int8 (default: auto)")
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shallowfusion.config import require
 from shallowfusion.errors import ModelError
 from shallowfusion.scorers.loading import _check_directory, _loaded
 
@@ -109,7 +110,9 @@ def load_ctc_model(name: str, device: torch.device, dtype: torch.dtype) -> CtcMo
 
     Raises:
         ModelError: no such directory or hub id, no weights, no CTC model, or a tokenizer that does not fit.
+        InvalidArgumentError: torch.int8.
     """
+    require(dtype != torch.int8, "dtype='int8' is for Whisper and causal language models; take 'bfloat16' for CTC.")
     from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
     if not is_ctc_model(name):

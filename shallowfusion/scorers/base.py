@@ -114,8 +114,13 @@ class DecoderState:
 
 
 class CachedScorer(ABC):
-    """A transformer decoder with its keys and values in slots shared by the beams of an utterance."""
+    """A transformer decoder with its keys and values in slots shared by the beams of an utterance.
 
+    Args:
+        known_fingerprint: of the model as it was on disk, if its weights were changed after loading.
+    """
+
+    known_fingerprint: str | None = None
     vocabulary: Vocabulary
     device: torch.device
     num_layers: int

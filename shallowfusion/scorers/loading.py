@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +14,9 @@ from shallowfusion.features.log_mel import FeatureSettings
 from shallowfusion.ngrams.arpa import is_arpa, read_arpa
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.ctc_head import CtcHead, load_ctc_head
+from shallowfusion.scorers.fingerprints import fingerprint
 from shallowfusion.scorers.ngram import NgramScorer
+from shallowfusion.scorers.preparation import check_int8, loading_dtype, prepare
 from shallowfusion.scorers.whisper import WhisperScorer
 from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 
@@ -32,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LanguageModel = CausalLMScorer | NgramScorer
+ModelScorer = TypeVar("ModelScorer", WhisperScorer, CausalLMScorer)
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -90,7 +93,7 @@ def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> Acousti
         WhisperForConditionalGeneration.from_pretrained,
         name,
         "a Whisper model",
-        dtype=dtype,
+        dtype=loading_dtype(dtype),
         attn_implementation="sdpa",
     )
     tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "a tokenizer")
@@ -98,7 +101,8 @@ def load_whisper(name: str, device: torch.device, dtype: torch.dtype) -> Acousti
     tokens = whisper_tokens(model, tokenizer)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, tokens.end, name=name)
     head = load_ctc_head(name, config.d_model, config.vocab_size, device)
-    return AcousticModel(name, WhisperScorer(model, vocabulary), tokenizer, _feature_settings(name), tokens, head)
+    scorer = _prepared(WhisperScorer(model, vocabulary), dtype)
+    return AcousticModel(name, scorer, tokenizer, _feature_settings(name), tokens, head)
 
 
 def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> CausalLMScorer:
@@ -114,7 +118,11 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> Causa
     if config.model_type == "whisper":
         raise ModelError(f"{name} is a Whisper model, wanted a causal language model such as GPT-2.")
     model = _loaded(
-        AutoModelForCausalLM.from_pretrained, name, "a causal language model", dtype=dtype, attn_implementation="sdpa"
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        "a causal language model",
+        dtype=loading_dtype(dtype),
+        attn_implementation="sdpa",
     )
     tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "a tokenizer")
     end = _single(config.eos_token_id)
@@ -122,7 +130,14 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> Causa
         raise ModelError(f"{name} has no eos_token_id in its configuration; the decoder needs an end token.")
     begin = _single(config.bos_token_id)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, end, end if begin is None else begin, name=name)
-    return CausalLMScorer(model.to(device).eval(), vocabulary, tokenizer)
+    return _prepared(CausalLMScorer(model.to(device).eval(), vocabulary, tokenizer), dtype)
+
+
+def _prepared(scorer: ModelScorer, dtype: torch.dtype) -> ModelScorer:
+    """The scorer with its model made ready to run in that dtype; its fingerprint stays that of the model on disk."""
+    scorer.known_fingerprint = fingerprint(scorer)
+    prepare(scorer.model, dtype)
+    return scorer
 
 
 def load_language_model(
@@ -150,15 +165,16 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is float16 on CUDA and float32 on the CPU."""
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if isinstance(dtype, torch.dtype) and dtype in known.values():
-        return dtype
+    """`auto` is float16 on CUDA and float32 on the CPU; int8 is for the CPU alone (see `prepare`)."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
     if dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in known:
+    if dtype not in (*known, *known.values()):
         raise InvalidArgumentError(f"dtype must be 'auto', {', '.join(map(repr, known))}, got {dtype!r}.")
-    return known[str(dtype)]
+    chosen = dtype if isinstance(dtype, torch.dtype) else known[dtype]
+    if chosen == torch.int8:
+        check_int8(device)
+    return chosen
 
 
 def whisper_tokens(model: Any, tokenizer: Any = None) -> WhisperTokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)  # remembered, where the hash of 50,000 tokens is not
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every token's bytes and the end token's id."""
@@ -54,8 +57,11 @@ def vocabulary_of(tokenizer: Any, size: int, end_id: int, begin_id: int | None =
     return Vocabulary(tuple(tokens), end_id, begin_id, name or str(getattr(tokenizer, "name_or_path", "vocabulary")))
 
 
+@lru_cache(maxsize=64)
 def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> Tensor | None:
     """The language model's id of each acoustic token, once every text token is proved to have one.
+
+    Remembered: every search asks, and 50,000 tokens take a tenth of a second. The answer is not to be written to.
 
     Args:
         include_end: whether the acoustic end token corresponds to the language model's end token.
@@ -100,17 +106,25 @@ def class_factors(vocabulary: Vocabulary, factors: Mapping[str, float]) -> Tenso
             word_initial (begins with a space, and is more than that).
     """
     product = torch.ones(len(vocabulary))
-    if not factors:
-        return product
-    for i, token in enumerate(vocabulary.tokens):
-        if i == vocabulary.end_id:
-            product[i] *= factors.get("end", 1.0)
-        elif token is None:
-            product[i] *= factors.get("timestamps", 1.0)
-        else:
-            product[i] *= factors.get("digits", 1.0) if token.strip().isdigit() else 1.0
-            product[i] *= factors.get("word_initial", 1.0) if token.startswith(b" ") and token.strip() else 1.0
+    if factors:
+        for name, members in _classes(vocabulary).items():
+            product[members] *= factors.get(name, 1.0)
     return product
+
+
+@lru_cache(maxsize=16)
+def _classes(vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """Which tokens belong to each class, bool [size]."""
+    texts = [token if i != vocabulary.end_id else None for i, token in enumerate(vocabulary.tokens)]
+    members = {
+        "timestamps": [token is None for token in texts],
+        "digits": [token is not None and token.strip().isdigit() for token in texts],
+        "word_initial": [token is not None and token.startswith(b" ") and bool(token.strip()) for token in texts],
+    }
+    found = {name: torch.tensor(own) for name, own in members.items()}
+    found["end"] = torch.arange(len(texts)) == vocabulary.end_id
+    found["timestamps"] &= ~found["end"]
+    return found
 
 
 def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[int], moved: Sequence[int]) -> str:

@@ -103,3 +103,14 @@ def test_factors_of_token_classes_multiply() -> None:
     factors = {"end": 2.0, "timestamps": 3.0, "digits": 5.0, "word_initial": 7.0}
     assert class_factors(vocabulary, factors).tolist() == [1, 7, 5, 35, 1, 1, 2, 3]
     assert class_factors(vocabulary, {}).tolist() == [1] * 8
+
+
+def test_a_map_is_made_once_for_equal_vocabularies() -> None:
+    acoustic, again = (Vocabulary((b"a", b"b", None), 2, name="asr") for _ in range(2))
+    language = Vocabulary((b"b", b"a"), 1, 1)
+    assert acoustic == again
+    assert hash(acoustic) == hash(again)
+    first = token_map(acoustic, language, include_end=False)
+    assert first is not None
+    assert first.tolist() == [1, 0, -1]
+    assert token_map(again, language, include_end=False) is first
