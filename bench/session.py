@@ -104,7 +104,7 @@ def one_cohort(work: Work, name: str) -> list[tuple[int, ...]]:
 
 
 def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
-    """Uneven lengths, beams of several sizes, and what a fused step per utterance costs; equal tokens come first."""
+    """Uneven lengths, beams of several sizes, and what it costs to enter one by one; equal tokens come first."""
     shape = "tiny" if quick else "whisper-base.en+gpt2"
     pair = make_pair(SHAPES[shape], device)
     frames, width = SHAPES[shape].frames, SHAPES[shape].width
@@ -168,17 +168,17 @@ def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:
 
 
 def _cohorts(work: Work, shape: str, device: str) -> Iterator[Measurement]:
-    """What it costs that utterances which did not start together have a fused step each."""
+    """What it costs that utterances which did not start together have entered one by one."""
     places = range(len(work.states))
     providers = {
-        "one fused step for all": lambda: one_cohort(work, "one fused step for all"),
-        "a fused step each": lambda: _searched(work, "a fused step each", [places]),
+        "entered together": lambda: one_cohort(work, "entered together"),
+        "entered one by one": lambda: _searched(work, "entered one by one", [places]),
     }
     _check(providers)
     seconds = take_turns(providers, repeats=3, warm_up=0, device=device)
     notes = {name: f"fusion {work.counts[name]['fusion_ms']} ms of it" for name in providers}
     where = f"{shape} utterances={len(work.states)} beams=5 tokens={work.lengths[0]}"
-    yield from measurements("session", where, "float32", seconds, "one fused step for all", note=notes)
+    yield from measurements("session", where, "float32", seconds, "entered together", note=notes)
 
 
 def _check(providers: dict[str, Callable[[], list[tuple[int, ...]]]]) -> None:
