@@ -18,6 +18,7 @@ from bench import (
     ngram,
     peers,
     rescoring,
+    session,
     stages,
     step_ladder,
     tuning,
@@ -76,4 +77,5 @@ CASES = (
     Case("internal_lm", internal_lm.run, ("tests/scorers/test_internal_lm.py",)),
     Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
+    Case("session", session.run, ("tests/session/test_front.py", "tests/search/test_running.py")),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,15 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.scorers.prefixes import PrefixCache
 from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.device_loop import DevicePrograms
 from shallowfusion.search.drivers import driven_search
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock
 from shallowfusion.search.sources import Sources
+from shallowfusion.session.front import DecoderSession
+from shallowfusion.session.jobs import SessionSettings
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
 from shallowfusion.trusting import Evidence, alone_options, flagged, given_up
 from shallowfusion.values import Hypothesis
@@ -108,6 +112,22 @@ class FusionDecoder:
     def fingerprints(self) -> tuple[str, ...]:
         """Of the acoustic model and each language model: which weights and vocabulary they have, see `fingerprint`."""
         return self._planner.fingerprints
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """Prompts that the language models have read: its `resize` and `clear` are for callers."""
+        return self._planner.prefixes
+
+    def session(self, **settings: Any) -> DecoderSession:
+        """A session, which takes requests while others are decoded: `with decoder.session() as session: ...`.
+
+        Args:
+            settings: names of `SessionSettings`: max_utterances, memory_budget, encoder_batch, admission_seconds.
+        """
+        known = {entry.name for entry in dataclasses.fields(SessionSettings)}
+        unknown = ", ".join(sorted(set(settings) - known))
+        require(not unknown, f"unknown setting {unknown} of a session; known are {', '.join(sorted(known))}.")
+        return DecoderSession(self._planner, self._samples, SessionSettings(**settings))
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ __all__ = [
     "DivergenceError",
     "InvalidArgumentError",
     "ModelError",
+    "SessionError",
     "ShallowFusionError",
     "VocabularyError",
 ]
@@ -44,3 +45,7 @@ class CapacityError(ShallowFusionError, RuntimeError):
 
 class DivergenceError(ShallowFusionError, RuntimeError):
     """A device-driven search decided otherwise than the host's replay of the same candidates."""
+
+
+class SessionError(ShallowFusionError, RuntimeError):
+    """A session is closed and takes no more requests."""

@@ -52,6 +52,7 @@ class DecodingOptions:
         suppress_blank: the model's list for the first token (blank and end).
         without_timestamps: only True in this release.
         initial_prompt: text the acoustic model sees as previous text.
+        lm_prompt: text of the domain that language models on the acoustic model's tokenizer read first; not scored.
         language: code of a multilingual model's language, None = detected.
         task: "transcribe" or "translate".
         asr_temperature, lm_temperature: logits are divided by it before the softmax; `lm_temperature` may hold one
@@ -91,6 +92,7 @@ class DecodingOptions:
     suppress_blank: bool = True
     without_timestamps: bool = True
     initial_prompt: str | None = None
+    lm_prompt: str | None = None
     language: str | None = None
     task: Literal["transcribe", "translate"] = "transcribe"
     asr_temperature: float = 1.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,20 +18,25 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.patterns import patterns, spread, whole_words
 from shallowfusion.scorers.base import Context, Scorer
+from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.fingerprints import fingerprint
+from shallowfusion.scorers.footprint import Demand, slot_bytes
 from shallowfusion.scorers.internal_lm import InternalLMScorer
 from shallowfusion.scorers.loading import AcousticModel, LanguageModel
 from shallowfusion.scorers.mixture import MixtureScorer
+from shallowfusion.scorers.prefixes import PrefixCache, Prefixes
 from shallowfusion.scorers.source_domain import SourceDomainScorer
 from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
-from shallowfusion.text.vocabulary import class_factors, text_map, token_map
+from shallowfusion.text.vocabulary import Vocabulary, class_factors, text_map, token_map
 from shallowfusion.values import Unmapped
 
 __all__ = ["SearchPlanner"]
+
+T = TypeVar("T")
 
 
 class SearchPlanner:
@@ -43,6 +48,8 @@ class SearchPlanner:
             delayed rule.
         internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
         lm_bridge: how language models on another tokenizer are joined, None = only delayed.
+        names: of the parts of acoustic and language models; None = "asr", then "lm", or "lm0", "lm1", ...
+        prefixes: what language models have read before; None = a new cache.
     """
 
     def __init__(
@@ -51,10 +58,16 @@ class SearchPlanner:
         language_models: Sequence[LanguageModel],
         internal_context: Tensor | None,
         lm_bridge: LmBridge | None = None,
+        names: tuple[str, ...] | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
+        self.lm_bridge = lm_bridge
+        self.prefixes = PrefixCache() if prefixes is None else prefixes
+        self._names = names
+        self._made: dict[Hashable, Any] = {}
         self._last_phrases: tuple[tuple[dict[str, float], bool], PhraseAutomaton] | None = None
         self._bridges = Bridges(acoustic.scorer.vocabulary, self.language_models, lm_bridge)
 
@@ -66,6 +79,8 @@ class SearchPlanner:
     @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the parts: "asr", then "lm", or "lm0", "lm1", ... for several."""
+        if self._names is not None:
+            return self._names
         count = len(self.language_models)
         return ("asr", "lm") if count == 1 else ("asr", *(f"lm{i}" for i in range(count)))
 
@@ -75,6 +90,33 @@ class SearchPlanner:
         if rule.subtracts_last:
             own = ("asr", "lm") if len(own) == 3 else own[:-1]
         return (*own, "ilm") if rule.ilm_weight else own
+
+    def among(self, names: Sequence[str]) -> SearchPlanner:
+        """The same with some of the language models only, which keep their names.
+
+        Raises:
+            InvalidArgumentError: no such language model, or one twice.
+        """
+        known = self.source_names[1:]
+        require(
+            set(names) <= set(known) and len(set(names)) == len(names),
+            f"language_models must be some of {', '.join(known) or 'none'}, each once, got {tuple(names)}.",
+        )
+        chosen = [place for place, name in enumerate(known) if name in names]
+        models = [self.language_models[place] for place in chosen]
+        own = ("asr", *(known[place] for place in chosen))
+        return SearchPlanner(self.acoustic, models, self.internal_context, self.lm_bridge, own, self.prefixes)
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for a key."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
+
+    def _token_map(self, vocabulary: Vocabulary, include_end: bool) -> Tensor | None:
+        own = self.acoustic.scorer.vocabulary
+        return self._once((id(vocabulary), include_end), lambda: token_map(own, vocabulary, include_end))
 
     def check(self, rule: Rule) -> None:
         """Refuse language models that the rule cannot use.
@@ -87,7 +129,7 @@ class SearchPlanner:
             "a delayed rule re-tokenises the text itself, so it goes without lm_bridge; leave one of the two out.",
         )
         for model in self._bridges.shared[0 if rule.delay is None else 1 :]:
-            token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
+            self._token_map(model.vocabulary, include_end=True)
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
         """What the fused step hears beside the acoustic model."""
@@ -96,7 +138,9 @@ class SearchPlanner:
         if not rule.lm_mixture:
             models = self._bridges.shared
             return models[: len(models) - int(rule.subtracts_last)]
-        return [MixtureScorer(self.language_models, rule.lm_mixture, rule.forgetting)]
+        weights, forgetting = rule.lm_mixture, rule.forgetting
+        make = lambda: MixtureScorer(self.language_models, weights, forgetting)  # noqa: E731
+        return [self._once(("mixture", weights, forgetting), make)]
 
     def sources(
         self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
@@ -115,7 +159,9 @@ class SearchPlanner:
         scorers: list[Scorer] = [self.acoustic.scorer, *models]
         heard = Context(prefixes, width, longest, encoder_output)
         contexts = [heard]
-        contexts += [Context([model.prompt()] * len(prefixes), width, longest) for model in models]
+        known = Prefixes(self.prefixes, clock.counts)
+        prompts = [model.prompt(self._domain_ids(model, options)) for model in models]
+        contexts += [Context([prompt] * len(prefixes), width, longest, prefixes=known) for prompt in prompts]
         if plan.rule.ilm_weight:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
@@ -145,9 +191,52 @@ class SearchPlanner:
         delayed = DelayedModels(self.language_models, self.source_names[1:], temperatures, policy)
         return late_sources(plan.rule, delayed, self.acoustic.scorer.vocabulary, context, clock)
 
+    def demands(self, options: DecodingOptions) -> dict[Hashable, Demand]:
+        """What keys and values one utterance may come to need, by model; late sources are not counted.
+
+        Raises:
+            InvalidArgumentError: as `sources`.
+        """
+        tokens, acoustic = self.acoustic.tokens, self.acoustic.scorer
+        language = options.language or (next(iter(tokens.languages)) if tokens.languages else "en")
+        require(
+            not tokens.languages or language in tokens.languages,
+            f"language must be one of {', '.join(sorted(tokens.languages))}, got {options.language!r}.",
+        )
+        prefix = len(self._prefix(language, options))
+        plan = self._plan(options, prefix)
+        frames, own = acoustic.model.config.max_source_positions, slot_bytes(acoustic.model)
+        new = (options.beam_size + 1) * plan.settings.max_new_tokens  # one more: what rows beside the beam hold on to
+        found: dict[Hashable, Demand] = {acoustic: Demand(prefix + new, own, frames * own)}
+        listed = self.language_models if plan.rule.lm_mixture else self._models_under(plan.rule)
+        for model in listed:
+            if isinstance(model, CausalLMScorer):
+                read = min(model.window, len(model.prompt(self._domain_ids(model, options))))
+                found[model] = Demand(read + new, slot_bytes(model.model))
+        if plan.rule.ilm_weight:
+            trained = self.internal_context
+            whole = {"silence": frames, "zero_context": 0, "trained": 0 if trained is None else len(trained)}
+            fixed = whole.get(plan.rule.ilm_variant, 1) * own
+            found["ilm", plan.rule.ilm_variant] = Demand(prefix + new, own, fixed)
+        if plan.rule.subtracts_last and isinstance(self.language_models[-1], CausalLMScorer):
+            last = self.language_models[-1]
+            found["ilm", "source_lm"] = Demand(len(last.prompt()) + new, slot_bytes(last.model))
+        return found
+
+    def _domain_ids(self, model: Any, options: DecodingOptions) -> list[int]:
+        """The domain prompt as tokens of a language model that shares the acoustic model's."""
+        if not options.lm_prompt or not options.lm_prompt.strip():
+            return []
+        ids = self.acoustic.tokenizer.encode(" " + options.lm_prompt.strip(), add_special_tokens=False)
+        mapping = self._token_map(model.vocabulary, include_end=False)
+        return [int(i) if mapping is None else int(mapping[i]) for i in ids]
+
     def _internal_lm(self, variant: IlmVariant) -> Scorer:
         if variant == "source_lm":
-            return SourceDomainScorer(self.language_models[-1])
+            return self._once("source lm", lambda: SourceDomainScorer(self.language_models[-1]))
+        return self._once(("ilm", variant), lambda: self._new_internal_lm(variant))
+
+    def _new_internal_lm(self, variant: IlmVariant) -> InternalLMScorer:
         if variant == "trained":
             require(
                 self.internal_context is not None,
@@ -162,6 +251,11 @@ class SearchPlanner:
 
     def _plan(self, options: DecodingOptions, prefix_length: int) -> SearchPlan:
         rule = options.resolved_rule(len(self.language_models))
+        require(
+            not options.lm_prompt or (rule.delay is None and not self._bridges.languages),
+            "lm_prompt is for language models that the fused step hears, which delayed and bridged ones are not; "
+            "leave it out.",
+        )
         if rule.gate is not None and getattr(rule.gate, "fingerprints", None):  # a learned gate knows its models
             rule.gate.check_models(self.fingerprints)  # type: ignore[attr-defined]
         policy = options.end_policy or rule.end_policy or DEFAULT_END_POLICY
@@ -174,14 +268,14 @@ class SearchPlanner:
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
         vocabularies = [model.vocabulary for model in self._models_under(rule)]
-        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
+        maps = [self._token_map(vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
         heard = len(maps) + len(self._bridges.languages) + int(rule.subtracts_last)
         loaded = len(self.language_models) if rule.delay else heard
         temperatures = [options.asr_temperature, *options.lm_temperatures(loaded)[: len(maps)]]
         if rule.ilm_weight:  # nothing is subtracted from the end and special tokens
-            maps.append(self._subtracted_map(rule))
+            maps.append(self._once(("subtracted", rule.subtracts_last), lambda: self._subtracted_map(rule)))
             unmapped.append(nothing)
             temperatures.append(1.0)
         room = acoustic.window - prefix_length
@@ -224,12 +318,13 @@ class SearchPlanner:
         """The automaton of the hotwords; the one of the call before if they are the same."""
         if not hotwords:
             return None
-        if self._last_phrases is None or self._last_phrases[0] != (hotwords, inside_words):
+        known = self._last_phrases  # read once: another thread may replace it
+        if known is None or known[0] != (hotwords, inside_words):
             pieces = self.acoustic.scorer.vocabulary.tokens
             found = spread(patterns(hotwords, self._spellings))
-            automaton = PhraseAutomaton(found if inside_words else whole_words(found, pieces))
-            self._last_phrases = (hotwords, inside_words), automaton
-        return self._last_phrases[1]
+            known = (hotwords, inside_words), PhraseAutomaton(found if inside_words else whole_words(found, pieces))
+            self._last_phrases = known
+        return known[1]
 
     def _spellings(self, text: str) -> list[list[int]]:
         """A phrase in tokens, with a space in front and without; none that spells another text."""

@@ -27,7 +27,7 @@ LEVELS = [
     {"rescoring"},
     {"options", "results"},
     {"transcripts", "planning", "ctc", "trusting"},
-    {"decoder", "attention_rescoring"},
+    {"session", "decoder", "attention_rescoring"},
     {"compat"},
     {"evaluation"},
     {"training"},

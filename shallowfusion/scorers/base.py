@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowfusion.scorers.prefixes import KnownPrefix, Prefixes
 from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["CachedScorer", "Context", "DecoderState", "Scorer"]
+__all__ = ["DEAD", "CachedScorer", "Context", "DecoderState", "Scorer", "joined_logits"]
 
 logger = logging.getLogger(__name__)
+
+DEAD = -2  # the token of a row that nobody looks at
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Context:
         encoder_output: [utterances, frames, size] for acoustic scorers.
         beam_size: the most rows an utterance will have.
         max_new_tokens: the most tokens a row will gain.
+        prefixes: prompts read before; None = all are read anew.
     """
 
     prompts: Sequence[Sequence[int]]
     beam_size: int
     max_new_tokens: int
     encoder_output: Tensor | None = None
+    prefixes: Prefixes | None = None
 
 
 class ScorerState(Protocol):
@@ -49,7 +54,7 @@ class Scorer(Protocol):
     A state is handed only to the scorer that made it.
 
     Price: `score` is one decoder pass over utterances x beam_size tokens; `fork` and `keep` move no keys or values,
-    except that `keep` copies one utterance per utterance that left.
+    except that `keep` copies one utterance per utterance that left; `admit` copies those that enter.
     """
 
     vocabulary: Vocabulary
@@ -63,7 +68,9 @@ class Scorer(Protocol):
         ...
 
     def score(self, state: Any, token_ids: np.ndarray) -> tuple[Tensor, Any]:
-        """Append a token to each row, int64 [utterances, beam_size], -1 = this row gains no token here.
+        """Append a token to each row, int64 [utterances, beam_size].
+
+        -1 = this row gains no token here and keeps its logits; DEAD = nor will anyone look at it.
 
         Returns:
             Logits of the next token, [utterances * beam_size, vocab], and the state.
@@ -72,6 +79,13 @@ class Scorer(Protocol):
 
     def keep(self, state: Any, order: Sequence[int]) -> Any:
         """Drop finished utterances: place i of the new batch holds what was at place order[i]."""
+        ...
+
+    def admit(self, state: Any, fresh: Any) -> Any:
+        """Put the utterances of a state that `start` just made behind those of one that runs; `fresh` is used up.
+
+        Called between `score` and the next `keep` or `fork`. Rows of the new utterances but their first are dead.
+        """
         ...
 
     def end_scores(self, state: Any) -> Tensor:
@@ -125,9 +139,15 @@ class CachedScorer(ABC):
     def start(self, context: Context) -> DecoderState:
         """Read the prompts in one pass with one row per utterance."""
         prompts = [self._clipped(prompt) for prompt in context.prompts]
+        if context.prefixes is not None and not self.has_cross_attention:  # else keys depend on what is heard
+            return self._resumed(context, prompts, context.prefixes)
+        return self._read(context, prompts)
+
+    def _fresh(self, context: Context, prompts: Sequence[Sequence[int]]) -> DecoderState:
+        """A state whose slots are still empty."""
         lengths = [len(prompt) for prompt in prompts]
         most = max(lengths) + context.beam_size * (context.max_new_tokens + self.window)
-        state = DecoderState(
+        return DecoderState(
             logits=torch.empty(0),
             slots=BeamSlots(len(prompts), most, self.device),
             cache=decoder_cache(self.num_layers, self.has_cross_attention),
@@ -135,15 +155,58 @@ class CachedScorer(ABC):
             histories=[[tuple(prompt)] for prompt in prompts],
             encoder_output=context.encoder_output,
         )
-        padded = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
-        for i, prompt in enumerate(prompts):
-            padded[i, : len(prompt)] = torch.tensor(prompt)
-        plan = state.slots.prefill(lengths)
-        positions = torch.arange(max(lengths)).expand_as(padded)
+
+    def _read(
+        self, context: Context, prompts: Sequence[Sequence[int]], known: Sequence[KnownPrefix | None] = ()
+    ) -> DecoderState:
+        """Read prompts in one pass, but what is known of each."""
+        state = self._fresh(context, prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        before = [0 if own is None else own.length for own in known] or [0] * len(prompts)
+        if any(before):
+            self._preload(state, [None if own is None else own.entry.layers for own in known], before)
+        longest = max(length - start for length, start in zip(lengths, before, strict=True))
+        padded = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        for i, (prompt, start) in enumerate(zip(prompts, before, strict=True)):
+            padded[i, : len(prompt) - start] = torch.tensor(prompt[start:])
+        plan = state.slots.prefill(lengths, before)
+        positions = (torch.tensor(before)[:, None] + torch.arange(longest)).clamp(max=self.window - 1)
         hidden = self._pass(state, padded.to(self.device), positions.to(self.device), plan)
-        last = torch.tensor(lengths, device=self.device) - 1
+        last = torch.tensor(lengths, device=self.device) - 1 - torch.tensor(before, device=self.device)
         state.logits = self.head(hidden[torch.arange(len(prompts), device=self.device), last])
         return state
+
+    def _resumed(self, context: Context, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> DecoderState:
+        """A state made of prompts that were read before; what was not is read once, however many begin with it."""
+        keys = [tuple(prompt) for prompt in prompts]
+        entries = prefixes.found(self, keys)
+        missing = [prompt for prompt in dict.fromkeys(keys) if prompt not in entries]
+        if missing:
+            read = self._read(context, missing, [prefixes.longest(self, prompt) for prompt in missing])
+            for place, prompt in enumerate(missing):
+                layers = [
+                    (layer.keys[place, : len(prompt)].clone(), layer.values[place, : len(prompt)].clone())
+                    for layer in read.cache.layers
+                ]
+                entries[prompt] = prefixes.add(self, prompt, layers, read.logits[place].clone())
+        state = self._fresh(context, prompts)
+        state.slots.prefill([len(key) for key in keys])
+        self._preload(state, [entries[key].layers for key in keys], [len(key) for key in keys])
+        state.logits = torch.stack([entries[key].logits for key in keys])
+        return state
+
+    def _preload(self, state: DecoderState, known: Sequence[Any], lengths: Sequence[int]) -> None:
+        """Write the first slots of each utterance: of `known`, per layer keys and values [tokens, heads, head_dim]."""
+        example = next(own for own in known if own is not None)
+        for i, layer in enumerate(state.cache.layers):
+            both = []
+            for kind in (0, 1):
+                stored = example[i][kind].new_zeros((len(known), max(lengths), *example[i][kind].shape[1:]))
+                for place, (own, length) in enumerate(zip(known, lengths, strict=True)):
+                    if own is not None:
+                        stored[place, :length] = own[i][kind][:length]
+                both.append(stored)
+            layer.preload(*both)
 
     def fork(self, state: DecoderState, parents: np.ndarray) -> DecoderState:
         """Change what each row sees; no key, value or logit is moved."""
@@ -164,9 +227,9 @@ class CachedScorer(ABC):
             state.histories[i][k] += (int(token_ids[i, k]),)
         appending = advancing & ~full
         logits = self._append(state, token_ids, appending)
-        if not appending.all():
+        if (token_ids == -1).any():
             previous = state.logits if state.forked is None else state.logits[torch.from_numpy(state.forked)]
-            idle = torch.from_numpy(~appending.reshape(-1)).to(logits.device)
+            idle = torch.from_numpy((token_ids == -1).reshape(-1)).to(logits.device)
             logits = torch.where(idle[:, None], previous, logits)
         state.lengths = state.lengths + appending
         if full.any():
@@ -192,6 +255,30 @@ class CachedScorer(ABC):
         state.forked = forked.reshape(-1, state.lengths.shape[1])[list(order)].reshape(-1)
         if state.encoder_output is not None:
             state.encoder_output = state.encoder_output[: len(order)]
+        return state
+
+    @torch.inference_mode()
+    def admit(self, state: DecoderState, fresh: DecoderState) -> DecoderState:
+        """Copy the keys and values of utterances that enter, and nothing else, unless room must grow."""
+        (active, rows), joining = state.lengths.shape, len(fresh.lengths)
+        used, held = fresh.slots.high_water(), state.slots.high_water()
+        own, other = (getattr(given.cache, "self_attention_cache", given.cache) for given in (state, fresh))
+        crossing = [g.cache.cross_attention_cache.layers if self.has_cross_attention else [] for g in (state, fresh)]
+        logits = joined_logits(state.logits, fresh.logits, rows)
+        for layer in own.layers:  # memory first, so that nothing is half done if it is short
+            layer.reserve(active, joining, max(used, held))
+        for layer in crossing[0]:
+            layer.reserve(joining)
+        for layer, new in zip(own.layers, other.layers, strict=True):
+            layer.admit(new, active, joining, used)
+        for layer, new in zip(*crossing, strict=True):
+            layer.admit(new, joining)
+        state.slots.admit(fresh.slots, rows)
+        state.lengths = np.concatenate([state.lengths, np.pad(fresh.lengths, ((0, 0), (0, rows - 1)))])
+        state.histories += [[*history, *[()] * (rows - 1)] for history in fresh.histories]
+        state.logits = logits
+        if state.encoder_output is not None:  # after the first pass only its shape is looked at
+            state.encoder_output = state.encoder_output[:1].expand(active + joining, -1, -1)
         return state
 
     @torch.inference_mode()
@@ -269,3 +356,8 @@ class CachedScorer(ABC):
         for layer in own.layers:
             layer.plan = plan
         return self.hidden_states(state, ids, positions, plan)
+
+
+def joined_logits(running: Tensor, fresh: Tensor, rows: int) -> Tensor:
+    """[utterances * rows, vocab] with those of utterances that have one row yet behind them, each `rows` times."""
+    return torch.cat([running, fresh.repeat_interleave(rows, dim=0)])

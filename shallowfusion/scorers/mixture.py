@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shallowfusion.config import require
 from shallowfusion.errors import VocabularyError
-from shallowfusion.scorers.base import Context
+from shallowfusion.scorers.base import Context, joined_logits
 
 __all__ = ["MixtureScorer", "MixtureState"]
 
@@ -123,6 +123,18 @@ class MixtureScorer:
         state.log_weights = state.log_weights[:, list(order)]
         forked = np.arange(state.log_probs.shape[1]) if state.forked is None else state.forked
         state.forked = forked.reshape(-1, rows)[list(order)].reshape(-1)
+        return state
+
+    def admit(self, state: MixtureState, fresh: MixtureState) -> MixtureState:
+        """Put the utterances of a fresh state behind those of one that runs."""
+        rows = state.log_weights.shape[2]
+        trios = zip(self.models, state.states, fresh.states, strict=True)
+        state.states = [model.admit(own, other) for model, own, other in trios]
+        entering = fresh.log_weights.expand(-1, -1, rows)
+        state.log_weights = torch.cat([state.log_weights, entering], dim=1)
+        state.logits = joined_logits(state.logits, fresh.logits, rows)
+        pairs = zip(state.log_probs, fresh.log_probs, strict=True)
+        state.log_probs = torch.stack([joined_logits(own, other, rows) for own, other in pairs])
         return state
 
     def end_scores(self, state: MixtureState) -> Tensor:

@@ -15,7 +15,7 @@ from shallowfusion.errors import VocabularyError
 from shallowfusion.ngrams.model import NgramModel, NgramOrder
 from shallowfusion.ngrams.pieces import piece_bytes
 from shallowfusion.ngrams.table import NgramTable
-from shallowfusion.scorers.base import Context
+from shallowfusion.scorers.base import Context, joined_logits
 from shallowfusion.text.vocabulary import Vocabulary
 
 __all__ = ["NgramScorer", "NgramState"]
@@ -98,6 +98,13 @@ class NgramScorer:
     def keep(self, state: NgramState, order: Sequence[int]) -> NgramState:
         """Drop finished utterances."""
         state.states = state.states[list(order)]
+        return state
+
+    def admit(self, state: NgramState, fresh: NgramState) -> NgramState:
+        """Put the utterances of a fresh state behind those of one that runs."""
+        rows = state.states.shape[1]
+        state.states = np.concatenate([state.states, np.repeat(fresh.states, rows, axis=1)])
+        state.logits = joined_logits(state.logits, fresh.logits, rows)
         return state
 
     def end_scores(self, state: NgramState) -> Tensor:

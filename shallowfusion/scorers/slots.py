@@ -19,7 +19,7 @@ from shallowfusion.scorers.attention import table_backend, write_slots
 from shallowfusion.scorers.page_pool import PagePool
 from shallowfusion.scorers.slot_tables import slot_table
 
-__all__ = ["BeamSlots", "SlotLayer", "SlotPlan", "StoredLayer", "decoder_cache", "moves_to_front"]
+__all__ = ["BeamSlots", "SlotLayer", "SlotPlan", "StoredLayer", "decoder_cache", "moves_to_front", "roomy"]
 
 SMALLEST_CAPACITY = 64
 
@@ -74,9 +74,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots, used = self.plan.slots, self.plan.num_slots
-        self.keys = _with_capacity(self.keys, used)
-        self.values = _with_capacity(self.values, used)
         chosen = self.plan.lanes
+        if used > self.keys.shape[1]:
+            active = slots.shape[0] if chosen is None else self.keys.shape[0]
+            self._reserve(active, active, used)
         lanes = torch.arange(slots.shape[0], device=slots.device) if chosen is None else chosen
         backend = self.plan.backend
         new = (key_states.transpose(1, 2), value_states.transpose(1, 2))
@@ -94,6 +95,33 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys[target, :used] = self.keys[source, :used]
             self.values[target, :used] = self.values[source, :used]
 
+    def reserve(self, active: int, joining: int, slots: int) -> None:
+        """Room for utterances that enter beside the `active` ones, all of whom use at most that many slots."""
+        together = active + joining
+        if together > self.keys.shape[0] or slots > self.keys.shape[1]:
+            self._reserve(together, active, slots)
+
+    def admit(self, fresh: SlotLayer, active: int, joining: int, used: int) -> None:
+        """Copy `used` slots of each utterance of another layer behind the `active` ones of this; `reserve` comes first.
+
+        What an earlier utterance left in the other slots is cleared: a NaN is NaN even where the mask hides it.
+        """
+        together = active + joining
+        for own, other in ((self.keys, fresh.keys), (self.values, fresh.values)):
+            own[active:together, :used] = other[:joining, :used]
+            own[active:together, used:] = 0
+
+    def preload(self, keys: Tensor, values: Tensor) -> None:
+        """Take what was read before, [utterances, slots, heads, head_dim], as the first slots of all utterances."""
+        self.keys, self.values = keys, values
+        self._reserve(len(keys), len(keys), keys.shape[1])
+        self.is_initialized = True
+
+    def _reserve(self, utterances: int, active: int, slots: int) -> None:
+        """Room for that much, and no more than `roomy` says; what the first `active` utterances hold is kept."""
+        grown = [_grown(own, utterances, active, slots) for own in (self.keys, self.values)]
+        self.keys, self.values = grown  # both or, when memory is short, none
+
     def get_seq_length(self) -> int:
         return 0 if self.plan is None else self.plan.num_slots
 
@@ -110,6 +138,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class StoredLayer(CacheLayerMixin):  # type: ignore[misc]
     """Cross-attention keys and values, [utterances, heads, frames, head_dim], computed once per utterance."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._stored: tuple[Tensor, Tensor] | None = None  # with room for more utterances than run
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
@@ -123,10 +155,36 @@ class StoredLayer(CacheLayerMixin):  # type: ignore[misc]
     def keep(self, moves: Sequence[tuple[int, int]], active: int) -> None:
         if not self.is_initialized:  # a decoder without recording
             return
+        if self._stored is None:
+            self._stored = (self.keys, self.values)
         for source, target in moves:
             self.keys[target] = self.keys[source]
             self.values[target] = self.values[source]
         self.keys, self.values = self.keys[:active], self.values[:active]
+
+    def reserve(self, joining: int) -> None:
+        """Room for utterances that enter; those that are here are copied only if there is none."""
+        if not self.is_initialized:
+            return
+        if self._stored is None:
+            self._stored = (self.keys, self.values)
+        active = self.keys.shape[0]
+        if active + joining > self._stored[0].shape[0]:
+            shape = (roomy(active + joining), *self.keys.shape[1:])
+            stored = (self.keys.new_empty(shape), self.values.new_empty(shape))
+            stored[0][:active], stored[1][:active] = self.keys, self.values
+            self._stored = stored
+            self.keys, self.values = stored[0][:active], stored[1][:active]
+
+    def admit(self, fresh: StoredLayer, joining: int) -> None:
+        """Put the utterances of another layer behind those of this; `reserve` comes first."""
+        if not self.is_initialized:
+            return
+        assert self._stored is not None
+        keys, values = self._stored
+        active, together = self.keys.shape[0], self.keys.shape[0] + joining
+        keys[active:together], values[active:together] = fresh.keys[:joining], fresh.values[:joining]
+        self.keys, self.values = keys[:together], values[:together]
 
     def get_seq_length(self) -> int:
         return int(self.keys.shape[2]) if self.is_initialized else 0
@@ -141,13 +199,17 @@ class StoredLayer(CacheLayerMixin):  # type: ignore[misc]
         """Beams are query positions of their utterance: there is nothing per beam to move."""
 
 
-def _with_capacity(stored: Tensor, slots: int) -> Tensor:
-    """`stored` itself, or a copy with at least twice the room when `slots` do not fit."""
-    capacity = stored.shape[1]
-    if slots <= capacity:
-        return stored
-    grown = stored.new_zeros((stored.shape[0], max(slots, 2 * capacity), *stored.shape[2:]))
-    grown[:, :capacity] = stored
+def roomy(count: int) -> int:
+    """How many utterances or slots get room where `count` are wanted: up to a quarter more, in few distinct sizes."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
+def _grown(stored: Tensor, utterances: int, active: int, slots: int) -> Tensor:
+    """A copy of the first `active` utterances with room for [utterances, slots, ...], zeros elsewhere."""
+    grown = stored.new_zeros((roomy(utterances), max(SMALLEST_CAPACITY, roomy(slots)), *stored.shape[2:]))
+    held = min(stored.shape[1], grown.shape[1])
+    grown[:active, :held] = stored[:active, :held]
     return grown
 
 
@@ -193,14 +255,20 @@ class BeamSlots:
     def high_water(self) -> int:
         return int(max(pool.high_water for pool in self._pools))
 
-    def prefill(self, lengths: Sequence[int]) -> SlotPlan:
-        """Plan of a pass over prompts [utterances, longest], right-padded; one row per utterance."""
+    def prefill(self, lengths: Sequence[int], known: Sequence[int] = ()) -> SlotPlan:
+        """Plan of a pass over prompts [utterances, longest], right-padded; one row per utterance.
+
+        Args:
+            lengths: of the whole prompts.
+            known: tokens of each whose keys and values are there already; the pass is over the others.
+        """
         for pool, rows, length in zip(self._pools, self._rows, lengths, strict=True):
             pool.append(int(rows[0]), int(length))
-        longest = max(lengths)
-        position = torch.arange(longest)
-        slots = position.expand(len(lengths), longest)
-        causal = position[None, :, None] >= position[None, None, :]
+        before = torch.tensor(list(known) or [0] * len(lengths))[:, None]
+        longest = int((torch.tensor(lengths) - before[:, 0]).max())
+        slots = before + torch.arange(longest)
+        position = torch.arange(int(slots.max()) + 1 if longest else 0)
+        causal = slots[:, :, None] >= position[None, None, :]
         real = position[None, None, :] < torch.tensor(lengths)[:, None, None]
         return self._plan(slots, causal & real)
 
@@ -256,6 +324,14 @@ class BeamSlots:
                     visible[i, query, scratch] = False
                     start += len(own_slots)
         return self._plan(torch.from_numpy(slots), torch.from_numpy(visible))
+
+    def admit(self, fresh: BeamSlots, rows: int) -> None:
+        """Take over the utterances of another, one row each, behind those of this; their other rows are dead."""
+        for pool, own in zip(fresh._pools, fresh._rows, strict=True):
+            dead = [pool.create() for _ in range(rows - len(own))]
+            self._pools.append(pool)
+            self._rows.append(np.array([*own, *dead], dtype=np.int64))
+        fresh._pools, fresh._rows = [], []
 
     def keep(self, order: Sequence[int]) -> None:
         """Place i of the new batch holds what was at order[i]; the others release their slots."""

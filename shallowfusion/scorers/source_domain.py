@@ -62,6 +62,12 @@ class SourceDomainScorer:
         state.own = self.model.keep(state.own, order)
         return state
 
+    def admit(self, state: SourceDomainState, fresh: SourceDomainState) -> SourceDomainState:
+        """Put the utterances of a fresh state behind those of one that runs."""
+        state.own = self.model.admit(state.own, fresh.own)
+        state.logits = _kept(state.own.logits)
+        return state
+
     def end_scores(self, state: SourceDomainState) -> Tensor:
         """Log-prob of the end token in the latest logits, float32 [rows]."""
         return state.logits[:, self.vocabulary.end_id]

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import Tensor
 
 from shallowfusion.config import BeamSettings
@@ -17,10 +16,9 @@ from shallowfusion.fusion.step import Backend
 from shallowfusion.fusion.token_classes import ClassSource
 from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
 from shallowfusion.scorers.base import Context, Scorer
-from shallowfusion.scorers.slots import moves_to_front
-from shallowfusion.search.beam_state import BeamState, FinishedHypothesis
+from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.candidates import CandidateScorer
-from shallowfusion.search.rows import Rows
+from shallowfusion.search.running import RunningSearches
 from shallowfusion.values import Normalize, Unmapped
 
 __all__ = ["SearchOutcome", "SearchPlan", "StageClock", "search"]
@@ -116,7 +114,8 @@ def search(
 ) -> list[SearchOutcome]:
     """Beam search for argmax over y of sum_t increment(y_t), `fused_step`'s increments, under the plan's length rule.
 
-    Utterances leave the batch when their search ends. Synchronises with the device once per step.
+    Utterances leave the batch when their search ends. The search itself is `RunningSearches`, of which this is the case
+    where none enters. Synchronises with the device once per step.
 
     Args:
         scorers: the acoustic scorer first; `contexts` and `names` (stages of the clock) likewise.
@@ -125,32 +124,9 @@ def search(
     Returns:
         One outcome per utterance, with at most beam_size hypotheses.
     """
-    num_utterances = len(contexts[0].prompts)
-    beams = BeamState(plan.settings, num_utterances, len(scorers) + len(late))
-    rows = Rows(plan, len(scorers), contexts[0].prompts, late)
-    states = []
-    for scorer, context, name in zip(scorers, contexts, names, strict=True):
-        with clock(name):
-            states.append(scorer.start(context))
-    active = np.arange(num_utterances)
-    saw_nan = np.zeros(num_utterances, dtype=bool)
-    for step in range(plan.settings.max_new_tokens):
-        with clock("fusion"):
-            found = rows.candidates([state.logits for state in states], step)
-        with clock("search"):
-            saw_nan[active] |= found.flagged
-            moved = beams.advance(active, found.totals, found.lanes, found.tokens, found.parts, found.flagged)
-            rows.follow(found, moved.tokens, moved.parents, moved.totals)
-            kept = np.flatnonzero(~moved.done)
-            if len(kept) == 0:
-                break
-            _, order = moves_to_front(kept.tolist())
-        for i, (scorer, name) in enumerate(zip(scorers, names, strict=True)):
-            with clock(name):
-                states[i] = scorer.fork(states[i], moved.parents)
-                if len(kept) < len(active):
-                    states[i] = scorer.keep(states[i], order)
-                _, states[i] = scorer.score(states[i], rows.own_ids(moved.tokens[order], i))
-        rows.keep(order)
-        active = active[order]
-    return [SearchOutcome(beams.results(u, plan.settings.beam_size), bool(saw_nan[u])) for u in range(num_utterances)]
+    running = RunningSearches(clock)
+    cohort = running.admit(scorers, contexts, names, plan, late)
+    while running.num_running:
+        running.step()
+    most = plan.settings.beam_size
+    return [SearchOutcome(cohort.beams.results(u, most), bool(nan)) for u, nan in enumerate(cohort.saw_nan)]

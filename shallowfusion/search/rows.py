@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from shallowfusion.fusion.gates import StepView
-from shallowfusion.fusion.step import fused_step
 from shallowfusion.fusion.weighing import step_weights
 from shallowfusion.search.boosting import PhraseBooster
 from shallowfusion.search.candidates import (
@@ -22,7 +21,8 @@ from shallowfusion.search.candidates import (
     with_candidate_scores,
 )
 from shallowfusion.search.guards import RepeatGuard
-from shallowfusion.values import Candidates, Unmapped
+from shallowfusion.search.step_calls import StepCall, run_together
+from shallowfusion.values import Unmapped
 
 if TYPE_CHECKING:
     from shallowfusion.search.loop import SearchPlan
@@ -66,6 +66,16 @@ class Rows:
 
     def candidates(self, logits: Sequence[Tensor], step: int) -> CandidateArrays:
         """The best continuations of every utterance under the plan's rule."""
+        return self.survivors(run_together([self.call(logits, step)])[0])
+
+    def survivors(self, found: CandidateArrays) -> CandidateArrays:
+        """What is left of the fused step's candidates when late sources have had their say."""
+        if not self.scorers:
+            return found
+        return with_candidate_scores(found, self.scorers, self.plan.settings.num_candidates)
+
+    def call(self, logits: Sequence[Tensor], step: int) -> StepCall:
+        """What this step asks of the fused step."""
         plan, totals = self.plan, self.totals
         if plan.rule.catch_up and step == plan.rule.initial_steps:
             lm_sums = self.sums[:, :, 1 : 1 + len(plan.rule.lm_weights)]
@@ -82,28 +92,34 @@ class Rows:
             sums = sums if shift is None else sums + shift
         looks = plan.class_sources
         weights = [numbers.weights, *(look.factor * numbers.weights[:, look.source, None] for look in looks)]
-        found = fused_step(
-            [*logits, *(logits[look.source] for look in looks)],
-            torch.cat(weights, dim=1) if looks else numbers.weights,
-            sums,
+        allowed = self._allowed(view)
+        same: dict[str, Any] = {
+            "top_k": self.top_k,
+            "end_id": plan.end_id,
+            "length_bonus": plan.length_bonus,
+            "combine": "log_linear" if plan.rule.mixture is None else "mixture",
+            "normalize": plan.normalize,
+            "backend": plan.backend,
+        }
+        shape = (totals.shape[1], tuple(self._vocab_sizes), self.num_sources, self._forbidden(step), allowed is None)
+        identity = (*same.values(), tuple(temperatures), tuple(map(id, plan.maps)), tuple(plan.unmapped))
+        return StepCall(
+            sources=[*logits, *(logits[look.source] for look in looks)],
+            weights=torch.cat(weights, dim=1) if looks else numbers.weights,
+            totals=sums,
+            allowed=allowed,
             beam_size=totals.shape[1],
-            top_k=self.top_k,
-            end_id=plan.end_id,
-            temperatures=[*temperatures, *(temperatures[look.source] for look in looks)],
-            maps=[*maps, *(look.map.to(device) for look in looks)],
-            unmapped=[*plan.unmapped, *[NOTHING] * len(looks)],
-            token_bias=self._bias(step, vocab, device),
-            allowed=self._allowed(view),
-            bonus=None if boost is None else boost.sparse,
-            length_bonus=plan.length_bonus,
-            combine="log_linear" if plan.rule.mixture is None else "mixture",
-            normalize=plan.normalize,
-            backend=plan.backend,
+            parts=self.num_sources,
+            settings={
+                **same,
+                "temperatures": [*temperatures, *(temperatures[look.source] for look in looks)],
+                "maps": [*maps, *(look.map.to(device) for look in looks)],
+                "unmapped": [*plan.unmapped, *[NOTHING] * len(looks)],
+                "token_bias": self._bias(step, vocab, device),
+                "bonus": None if boost is None else boost.sparse,
+            },
+            key=None if looks or boost is not None else (shape, identity),
         )
-        arrays = self._arrays(found)
-        if not self.scorers:
-            return arrays
-        return with_candidate_scores(arrays, self.scorers, plan.settings.num_candidates)
 
     def follow(self, candidates: CandidateArrays, tokens: Array, parents: Array, totals: Array) -> None:
         """Remember the totals of the new rows and, for rules that look back, the parts of their tokens."""
@@ -146,24 +162,17 @@ class Rows:
         own = self.sums[:, :, : self.num_sources].reshape(-1, self.num_sources)
         return torch.from_numpy(own.astype(np.float32)).to(device)
 
-    def _arrays(self, found: Candidates) -> CandidateArrays:
-        beam_size = self.totals.shape[1]
-        parents = found.parent_rows.cpu().numpy()
-        return CandidateArrays(
-            totals=found.totals.cpu().numpy(),
-            lanes=np.where(parents >= 0, parents % beam_size, -1),
-            tokens=found.token_ids.cpu().numpy(),
-            parts=found.parts[:, :, : self.num_sources].cpu().numpy(),
-            flagged=np.asarray(found.flags.cpu().numpy().reshape(-1, beam_size).any(axis=1)),
-        )
-
-    def _bias(self, step: int, vocab: int, device: torch.device) -> Tensor | None:
+    def _forbidden(self, step: int) -> tuple[int, ...]:
         plan = self.plan
         forbidden = plan.suppressed
         if step == 0:
             forbidden += plan.first_suppressed
         if step < plan.min_new_tokens:
             forbidden += plan.settings.end_ids
+        return forbidden
+
+    def _bias(self, step: int, vocab: int, device: torch.device) -> Tensor | None:
+        forbidden = self._forbidden(step)
         if forbidden not in self._biases:
             bias = torch.zeros(vocab) if self.booster is None else self.booster.first.clone()
             bias[list(forbidden)] = float("-inf")

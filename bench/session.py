@@ -1,0 +1,198 @@
+"""Continuous batching: utterances of uneven lengths through a session, in static batches, and one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.decode import SHAPES, WEIGHT, make_pair
+from bench.timing import Measurement, measurements, take_turns
+
+__all__ = ["run"]
+
+SLOTS = 8
+
+
+@dataclass
+class Work:
+    """Utterances with as many tokens as each is to have, and what became of the passes.
+
+    Args:
+        counts: "row_steps" and "live_rows" of the latest run of each provider.
+        waits: seconds from arrival to result.
+    """
+
+    decoder: object
+    states: Tensor
+    lengths: Sequence[int]
+    beams: Sequence[int]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    waits: dict[str, list[float]] = field(default_factory=dict)
+
+    def options(self, place: int) -> object:
+        from shallowfusion import DecodingOptions
+
+        tokens = self.lengths[place]
+        return DecodingOptions(
+            beam_size=self.beams[place], min_new_tokens=tokens, max_new_tokens=tokens, lm_weight=WEIGHT,
+            end_policy="asr_only", end_threshold=None, suppress_blank=False, suppress_tokens=None,
+        )  # fmt: skip
+
+
+def uneven_lengths(count: int, quick: bool) -> list[int]:
+    """Tokens per utterance: log-normal about 18, from 4 to 72, as utterances of 1 to 25 s are."""
+    drawn = np.random.default_rng(5).lognormal(np.log(6 if quick else 18), 0.75, count)
+    return np.clip(np.round(drawn), 2 if quick else 4, 12 if quick else 72).astype(int).tolist()
+
+
+def through_session(work: Work, name: str, gaps: Sequence[float] = (), width: int = SLOTS) -> list[tuple[int, ...]]:
+    """Submit all at once, or with gaps in seconds between them."""
+    arrived, done = [], []
+    with work.decoder.session(max_utterances=width, encoder_batch=width) as session:  # type: ignore[attr-defined]
+        for place, encoded in enumerate(work.states):
+            if gaps:
+                time.sleep(gaps[place])
+            arrived.append(time.perf_counter())
+            future = session.submit(encoded, work.options(place))
+            future.add_done_callback(lambda _, at=arrived[-1]: work.waits.setdefault(name, []).append(_since(at)))
+            done.append(future)
+        found = [future.result().best.token_ids for future in done]
+    work.counts[name] = dict(session.statistics().counts)
+    return found
+
+
+def _since(start: float) -> float:
+    return time.perf_counter() - start
+
+
+def static_batches(work: Work, name: str, width: int = SLOTS) -> list[tuple[int, ...]]:
+    """Batches of which nobody enters before all have left; those that end early leave all the same."""
+    return _searched(
+        work, name, [range(i, min(i + width, len(work.states))) for i in range(0, len(work.states), width)]
+    )
+
+
+def _searched(
+    work: Work, name: str, batches: Sequence[Sequence[int]], width_of: Callable[[int], int] = lambda beam: 0
+) -> list[tuple[int, ...]]:
+    from shallowfusion.search.loop import StageClock
+    from shallowfusion.search.running import RunningSearches
+
+    clock, found = StageClock(), []
+    for batch in batches:
+        running, cohorts = RunningSearches(clock, width_of), []
+        for place in batch:
+            own = work.decoder.sources(work.states[place : place + 1], work.options(place))  # type: ignore[attr-defined]
+            cohorts.append(running.admit(own.scorers, own.contexts, own.names, own.plan, own.late))
+        while running.num_running:
+            running.step()
+        found += [cohort.beams.results(0, 1)[0].token_ids for cohort in cohorts]
+    work.counts[name] = {**clock.counts, "fusion_ms": round(1e3 * clock.seconds["fusion"]), "steps": clock.calls["asr"]}
+    return found
+
+
+def one_cohort(work: Work, name: str) -> list[tuple[int, ...]]:
+    """`decode`: all utterances share plan and fused step."""
+    results = work.decoder.decode(work.states, work.options(0))  # type: ignore[attr-defined]
+    work.counts[name] = {"fusion_ms": round(1e3 * results[0].timing.stages["fusion"])}
+    return [result.best.token_ids for result in results]
+
+
+def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
+    """Uneven lengths, beams of several sizes, and what it costs to enter one by one; equal tokens come first."""
+    shape = "tiny" if quick else "whisper-base.en+gpt2"
+    pair = make_pair(SHAPES[shape], device)
+    frames, width = SHAPES[shape].frames, SHAPES[shape].width
+    count = 12 if quick else 32
+    states = torch.randn((count, frames, width), generator=torch.Generator().manual_seed(1)).to(device)
+    lengths = uneven_lengths(count, quick)
+    work = Work(pair.fused, states, lengths, [5] * count)
+    yield list(_uneven(work, shape, device))
+    mixed = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [1, 5, 2, 10, 5, 1, 5, 4])
+    yield list(_beams(mixed, shape, device))
+    alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
+    yield list(_cohorts(alike, shape, device))
+
+
+def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    count = len(work.states)
+    providers = {
+        "session": lambda: through_session(work, "session"),
+        "static batches": lambda: static_batches(work, "static batches"),
+        "one by one": lambda: static_batches(work, "one by one", width=1),
+    }
+    _check(providers)
+    seconds = take_turns(providers, repeats=1 if count > 12 else 2, warm_up=0, device=device)
+    batches = [work.lengths[i : i + SLOTS] for i in range(0, count, SLOTS)]
+    kept = sum(work.lengths) / sum(max(batch) * len(batch) for batch in batches)
+    notes = {"static batches": f"efficiency {_efficiency(work, 'static batches')}, {kept:.2f} if nobody left early"}
+    for name in ("session", "one by one"):
+        notes[name] = f"efficiency {_efficiency(work, name)}"
+    for name in notes:
+        notes[name] += f", {count / float(np.median(seconds[name])):.3g} utterances/s"
+    where = f"{shape} utterances={count} places={SLOTS} beams=5 tokens={min(work.lengths)}-{max(work.lengths)}"
+    yield from measurements("session", where, "float32", seconds, "session", note=notes)
+    gap = float(np.median(seconds["session"])) / count
+    gaps = np.random.default_rng(6).exponential(gap, count).tolist()
+    work.waits.clear()
+    seconds = {"session, arrivals": [_timed(lambda: through_session(work, "session, arrivals", gaps))]}
+    waits = sorted(work.waits["session, arrivals"])
+    note = (
+        f"efficiency {_efficiency(work, 'session, arrivals')}, wait median {1e3 * float(np.median(waits)):.0f} ms, "
+        f"longest {1e3 * waits[-1]:.0f} ms"
+    )
+    where += f" mean gap={1e3 * gap:.0f} ms"
+    name = "session, arrivals"
+    yield from measurements("session", where, "float32", seconds, name, note={name: note})
+
+
+def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    """Utterances with other beam sizes in one pass as wide as the widest, or in passes of their own."""
+    places = range(len(work.states))
+    policies = {
+        "padded to the widest": lambda beam: 0,
+        "powers of two apart": lambda beam: (beam - 1).bit_length(),
+        "each size apart": lambda beam: beam,
+    }
+    providers = {name: lambda n=name, p=policy: _searched(work, n, [places], p) for name, policy in policies.items()}
+    _check(providers)
+    seconds = take_turns(providers, repeats=3, warm_up=0, device=device)
+    notes = {name: f"efficiency {_efficiency(work, name)}" for name in providers}
+    where = f"{shape} utterances={len(work.states)} beams={','.join(map(str, work.beams))} tokens={work.lengths[0]}"
+    yield from measurements("session", where, "float32", seconds, "padded to the widest", note=notes)
+
+
+def _cohorts(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    """What it costs that utterances which did not start together have entered one by one."""
+    places = range(len(work.states))
+    providers = {
+        "entered together": lambda: one_cohort(work, "entered together"),
+        "entered one by one": lambda: _searched(work, "entered one by one", [places]),
+    }
+    _check(providers)
+    seconds = take_turns(providers, repeats=3, warm_up=0, device=device)
+    notes = {name: f"fusion {work.counts[name]['fusion_ms']} ms of it" for name in providers}
+    where = f"{shape} utterances={len(work.states)} beams=5 tokens={work.lengths[0]}"
+    yield from measurements("session", where, "float32", seconds, "entered together", note=notes)
+
+
+def _check(providers: dict[str, Callable[[], list[tuple[int, ...]]]]) -> None:
+    """A first run of each; different tokens stop everything."""
+    if len({str(call()) for call in providers.values()}) != 1:
+        raise AssertionError("hypotheses differ: no speed is reported")
+
+
+def _efficiency(work: Work, name: str) -> str:
+    counts = work.counts[name]
+    return f"{counts['live_rows'] / counts['row_steps']:.2f}"
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return _since(start)

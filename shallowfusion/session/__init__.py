@@ -1,0 +1,1 @@
+"""Continuous batching: requests enter and leave while others are decoded."""
