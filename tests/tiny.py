@@ -27,6 +27,9 @@ class LetterTokenizer:
         return "".join(piece(i).decode() for i in ids if i < TEXT_TOKENS)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        written = text.strip()
+        if written.isdigit() and len(written) % 2 == 0:  # as `vocabulary` spells its tokens
+            return [int(written[i : i + 2]) % TEXT_TOKENS for i in range(0, len(written), 2)]
         return [ord(character) % TEXT_TOKENS for character in text]
 
 

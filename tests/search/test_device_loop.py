@@ -222,7 +222,7 @@ def test_older_programs_make_room_and_a_device_too_small_is_refused() -> None:
         ({"rule": fusion.piecewise(0.3, initial_steps=2, catch_up=True)}, "catches up"),
         ({"rule": fusion.internal_lm(0.3, 0.2)}, "InternalLMScorer"),
         ({"no_repeat_ngram_size": 3}, "repeated"),
-        ({"hotwords": {"ab": 2.0}}, "phrases"),
+        ({"hotwords": {"0712": 2.0}}, "phrases"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -80,7 +80,8 @@ def random_options(draw: random.Random) -> dict[str, Any]:
         "end_policy": draw.choice(["lm", "asr_only"]),
         "length_penalty": draw.choice([0.0, 1.0]),
         "no_repeat_ngram_size": draw.choice([0, 2]),
-        "hotwords": draw.choice([None, None, {"ab": 1.0}]),
+        "hotwords": draw.choice([None, None, {"0712": 1.0, "33": 0.5}]),
+        "hotwords_inside_words": True,
         "lm_prompt": prompt or None,
     }
 

@@ -135,7 +135,7 @@ def test_beams_of_any_size_share_a_session(one_lm, recordings) -> None:
 def test_delayed_rules_late_sources_and_hotwords_run_beside_others(one_lm, recordings) -> None:
     asked = [
         {"rule": fusion.delayed(0.4, unit="tokens"), "end_policy": "neutral"},
-        {"lm_weight": 0.3, "hotwords": {"aa": 2.0}},
+        {"lm_weight": 0.3, "hotwords": {"0712": 2.0}, "hotwords_inside_words": True},
         {"rule": fusion.delayed(0.2, unit="tokens"), "end_policy": "lm"},
         {"lm_weight": 0.1, "beam_size": 2},
     ]
