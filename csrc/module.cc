@@ -13,5 +13,6 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_ctc_prefix_scores(module);
   shallowfusion::bind_phrase_automaton(module);
   shallowfusion::bind_range_lse(module);
+  shallowfusion::bind_row_rounding(module);
   shallowfusion::bind_lexicon_search(module);
 }

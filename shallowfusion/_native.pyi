@@ -199,6 +199,12 @@ def range_log_probs(
     threads: int,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], str]: ...
 
+# dtype codes as in the fused step; addresses of dense memory
+def round_rows(*, values: int, dtype: int, rows: int, columns: int, whole: int, scales: int, threads: int) -> None: ...
+def scale_rows(
+    *, product: int, scales: int, bias: int, rows: int, columns: int, output: int, dtype: int, threads: int
+) -> None: ...
+
 # CTC search ---------------------------------------------------------------------------------------------------------
 
 class CtcLexicon:

@@ -46,6 +46,7 @@ NATIVE_FACES = {
     "ctc/search.py",
     "phrases/automaton.py",
     "scorers/token_ranges.py",
+    "scorers/row_rounding.py",
     "ctc/lexicon.py",
 }
 KERNEL_FACES = {

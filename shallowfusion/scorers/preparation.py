@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.scorers.row_rounding import round_rows, scale_rows
 
 __all__ = ["Float32Head", "Int8Linear", "check_int8", "loading_dtype", "prepare"]
 
-_LARGEST = 127  # int8 without -128, so that zero is in the middle
 _ALIGNMENT = 64  # rows; logits then begin at multiples of 256 bytes
 
 
@@ -37,10 +37,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = weight.detach().float()
         # Plain attributes: Module.to must turn neither the scales nor the packed weights into bfloat16.
-        self._scales = (weight.abs().amax(dim=1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        whole, scales = round_rows(weight)  # dense: the packing reads a transposed view as if it were not one
+        self._scales = scales[:, 0]
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        # Contiguous: the packing reads a transposed view as if it were not one.
-        whole = (weight / self._scales[:, None]).round_().to(torch.int8).contiguous()
         self._packed = torch.ops.onednn.qlinear_prepack(whole, None)
         self._bias = None if bias is None else bias.detach().float().clone()
         self._output_dtype = output_dtype
@@ -48,13 +47,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)
-        scales = rows.abs().amax(dim=1, keepdim=True).float().div_(_LARGEST).clamp_min_(1e-30)
-        whole = (rows / scales).round_().to(torch.int8)
+        whole, scales = round_rows(rows)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 0, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        result = product.mul_(scales) if self._bias is None else torch.addcmul(self._bias, product, scales)
-        return result.to(self._output_dtype or inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+        result = scale_rows(product, scales, self._bias, self._output_dtype or inputs.dtype)
+        return result.view(*inputs.shape[:-1], self.out_features)
 
     @property
     def num_bytes(self) -> int:
