@@ -21,6 +21,20 @@ double log_add(double one, double other) {
   return largest + std::log1p(std::exp(std::min(one, other) - largest));
 }
 
+// No label is worth more nats to phrases, loans included; with a space before it if it closes a word.
+double most_of_phrases(const std::vector<CtcLabel>& labels, const CtcLanguage& language, bool closes) {
+  if (language.phrases == nullptr) return 0.0;
+  const double inside = language.phrases->most_gain(false), at_boundary = language.phrases->most_gain(true);
+  double most = 0.0;
+  for (const CtcLabel& label : labels) {
+    const auto is_other = [&](char byte) { return !language.phrases->is_inside(static_cast<uint8_t>(byte)); };
+    const auto others = std::count_if(label.text.begin(), label.text.end(), is_other) + static_cast<int>(closes);
+    const auto bytes = static_cast<double>(label.text.size()) + static_cast<double>(closes);
+    most = std::max(most, bytes * inside + 2.0 * static_cast<double>(others) * at_boundary);
+  }
+  return most + language.phrases->most_held();
+}
+
 }  // namespace
 
 CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, CtcLanguage language_given)
@@ -28,8 +42,9 @@ CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, Ctc
   const auto gain = [](double value) { return std::max(0.0, value); };
   const bool unbounded = language.weight < 0.0 || language.unknown_prefix > 0.0;
   const double hotword = language.hotwords == nullptr ? 0.0 : gain(language.hotword_weight);
-  const double label = gain(language.label_bonus) + hotword;
-  const double close = label + gain(language.word_bonus) + hotword + gain(language.unknown_word);
+  const double label = gain(language.label_bonus) + hotword + most_of_phrases(labels, language, false);
+  const double close = gain(language.label_bonus) + gain(language.word_bonus) + 2.0 * hotword +
+                       gain(language.unknown_word) + most_of_phrases(labels, language, true);
   const double infinity = std::numeric_limits<double>::infinity();
   child_factor = unbounded ? infinity : std::exp(label) * kRounding;
   close_factor = unbounded ? infinity : std::exp(close) * kRounding;

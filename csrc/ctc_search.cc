@@ -244,6 +244,8 @@ void CtcUtterance::extend_entry(size_t place) {
   const double largest_factor = std::max(model_->child_factor, model_->close_factor);
   const bool boundary = is_boundary(parent);
   const bool after_end = parent != 0 && model_->labels[prefixes_[parent].label].ends_word;
+  // To phrases, the space behind a word belongs to the next text.
+  const bool after_word = model_->language.phrases != nullptr && prefixes_[parent].word_characters == 0;
   for (const auto& [label_prob, label] : sorted_labels_) {
     const double reach = all * label_prob;
     if (reach == 0.0 || reach * largest_factor < threshold_) break;
@@ -251,7 +253,7 @@ void CtcUtterance::extend_entry(size_t place) {
     Entry& above = live_[place];
     const bool repeats = prefixes_[parent].label == label;
     const double from = (repeats ? above.blank.value : all) * label_prob;
-    const bool closes = model_->labels[label].begins_word || after_end;
+    const bool closes = model_->labels[label].begins_word || after_end || after_word;
     const double factor = closes ? largest_factor : model_->child_factor;
     if (from == 0.0 || from * factor < threshold_) continue;
     const int32_t node = prefixes_.child(parent, label);

@@ -137,6 +137,28 @@ PhraseAutomaton::Arrival PhraseAutomaton::arrive(uint32_t state, int32_t token) 
   return {target, value + held_[target]};
 }
 
+double PhraseAutomaton::say(uint32_t* state, int32_t token) const {
+  const bool inside = begins_inside(token);
+  double gain = inside ? 0.0 : closing(*state);
+  *state = next(inside ? *state : bounded(*state), token);
+  gain += gain_[*state];
+  if (!ends_inside(token)) {
+    gain += closing(*state);
+    *state = bounded(*state);
+  }
+  return gain;
+}
+
+double PhraseAutomaton::most_gain(bool at_boundary) const {
+  double most = 0.0;
+  for (size_t node = 1; node < token_.size(); ++node) {
+    if ((token_[node] == kWordBoundary) == at_boundary) most = std::max<double>(most, gain_[node]);
+  }
+  return most;
+}
+
+double PhraseAutomaton::most_held() const { return *std::max_element(held_.begin(), held_.end()); }
+
 std::vector<int32_t> PhraseAutomaton::tokens_from(uint32_t state, bool inside,
                                                   const std::vector<uint32_t>& left_out) const {
   std::vector<int32_t> found;

@@ -47,6 +47,13 @@ class PhraseAutomaton {
   };
   Arrival arrive(uint32_t state, int32_t token) const;
 
+  // The same without loans: what the token gains for good, that of a word it ends included. `state` becomes the new one.
+  double say(uint32_t* state, int32_t token) const;
+  // No node but those at a boundary, or none but the others, is worth more for good.
+  double most_gain(bool at_boundary) const;
+  double most_held() const;
+  bool is_inside(int32_t token) const { return begins_inside(token) && ends_inside(token); }
+
   // Tokens whose bonus from a state is not that from the root, sorted; `with_first`: not nothing. The values are what
   // comes on top of `closing`, and without `with_first` of that from the root.
   struct Arc {
