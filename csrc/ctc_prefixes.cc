@@ -107,6 +107,18 @@ void CtcPrefixes::say(CtcPrefix& node, uint8_t byte) const {
   if (language_->phrases != nullptr) node.fused += language_->phrases->say(&node.phrase, byte);
 }
 
+double CtcPrefixes::phrase_worth(int32_t parent, int32_t number) const {
+  const CtcPrefix& above = nodes_[parent];
+  const CtcLabel& label = (*labels_)[number];
+  const bool after_end = above.label >= 0 && (*labels_)[above.label].ends_word;
+  const bool begins = label.begins_word || after_end || above.word_characters == 0;
+  uint32_t state = above.phrase;
+  double gain = 0.0;
+  if (!label.text.empty() && begins && above.text_hash != kEmptyHash) gain += language_->phrases->say(&state, ' ');
+  for (const char byte : label.text) gain += language_->phrases->say(&state, static_cast<uint8_t>(byte));
+  return gain + language_->phrases->held(state);
+}
+
 void CtcPrefixes::close_word(CtcPrefix& node) const {
   const CtcLanguage& language = *language_;
   if (language.lexicon != nullptr) {

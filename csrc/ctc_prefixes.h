@@ -68,6 +68,7 @@ class CtcPrefixes {
   CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, uint32_t start_state);
 
   int32_t child(int32_t parent, int32_t label);  // found or made
+  double phrase_worth(int32_t parent, int32_t label) const;  // nats to phrases, loans included, of the child
   CtcEnding ending(int32_t node) const;
   uint64_t history_hash(int32_t node, int64_t words) const;
 

@@ -21,20 +21,6 @@ double log_add(double one, double other) {
   return largest + std::log1p(std::exp(std::min(one, other) - largest));
 }
 
-// No label is worth more nats to phrases, loans included; with a space before it if it closes a word.
-double most_of_phrases(const std::vector<CtcLabel>& labels, const CtcLanguage& language, bool closes) {
-  if (language.phrases == nullptr) return 0.0;
-  const double inside = language.phrases->most_gain(false), at_boundary = language.phrases->most_gain(true);
-  double most = 0.0;
-  for (const CtcLabel& label : labels) {
-    const auto is_other = [&](char byte) { return !language.phrases->is_inside(static_cast<uint8_t>(byte)); };
-    const auto others = std::count_if(label.text.begin(), label.text.end(), is_other) + static_cast<int>(closes);
-    const auto bytes = static_cast<double>(label.text.size()) + static_cast<double>(closes);
-    most = std::max(most, bytes * inside + 2.0 * static_cast<double>(others) * at_boundary);
-  }
-  return most + language.phrases->most_held();
-}
-
 }  // namespace
 
 CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, CtcLanguage language_given)
@@ -42,12 +28,25 @@ CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, Ctc
   const auto gain = [](double value) { return std::max(0.0, value); };
   const bool unbounded = language.weight < 0.0 || language.unknown_prefix > 0.0;
   const double hotword = language.hotwords == nullptr ? 0.0 : gain(language.hotword_weight);
-  const double label = gain(language.label_bonus) + hotword + most_of_phrases(labels, language, false);
-  const double close = gain(language.label_bonus) + gain(language.word_bonus) + 2.0 * hotword +
-                       gain(language.unknown_word) + most_of_phrases(labels, language, true);
+  const double label = gain(language.label_bonus) + hotword;
+  const double close = label + gain(language.word_bonus) + hotword + gain(language.unknown_word);
   const double infinity = std::numeric_limits<double>::infinity();
   child_factor = unbounded ? infinity : std::exp(label) * kRounding;
   close_factor = unbounded ? infinity : std::exp(close) * kRounding;
+  if (language.phrases != nullptr) bound_phrases();
+}
+
+void CtcModel::bound_phrases() {
+  const double inside = language.phrases->most_gain(false), at_boundary = language.phrases->most_gain(true);
+  for (const CtcLabel& label : labels) {
+    const auto is_other = [&](char byte) { return !language.phrases->is_inside(static_cast<uint8_t>(byte)); };
+    const auto others = static_cast<int64_t>(std::count_if(label.text.begin(), label.text.end(), is_other)) + 1;
+    const auto bytes = static_cast<int64_t>(label.text.size()) + 1;  // with a space before it
+    phrase_symbols = std::max(phrase_symbols, bytes + 2 * others);
+    // The boundary behind what was said before is known, and no phrase ends with a space.
+    const double gain = static_cast<double>(bytes) * inside + 2.0 * static_cast<double>(others - 1) * at_boundary;
+    phrase_gain = std::max(phrase_gain, gain);
+  }
 }
 
 // Live prefixes with their final scores, best first; equal texts are one.

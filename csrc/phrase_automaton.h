@@ -51,7 +51,7 @@ class PhraseAutomaton {
   double say(uint32_t* state, int32_t token) const;
   // No node but those at a boundary, or none but the others, is worth more for good.
   double most_gain(bool at_boundary) const;
-  double most_held() const;
+  double most_held(uint32_t state, int64_t symbols) const;  // after at most so many more tokens and boundaries
   bool is_inside(int32_t token) const { return begins_inside(token) && ends_inside(token); }
 
   // Tokens whose bonus from a state is not that from the root, sorted; `with_first`: not nothing. The values are what
@@ -88,6 +88,8 @@ class PhraseAutomaton {
   std::vector<uint32_t> suffix_;  // the longest proper suffix that is a node
   std::vector<float> gain_;
   std::vector<float> held_;
+  std::vector<uint32_t> levels_;    // the first node of each depth
+  std::vector<float> most_held_;    // of the nodes up to each depth
 };
 
 }  // namespace shallowfusion
