@@ -219,7 +219,10 @@ double CtcUtterance::most_of_phrases(int32_t node) const {
   if (phrases == nullptr) return 1.0;
   const uint32_t state = prefixes_[node].phrase;
   const double ends = std::max<double>(0.0, phrases->closing(state));
-  return std::exp(ends + model_->phrase_gain + phrases->most_held(state, model_->phrase_symbols)) * (1.0 + 1e-6);
+  const bool after_word =
+      prefixes_[node].word_characters == 0 || (node != 0 && model_->labels[prefixes_[node].label].ends_word);
+  const int64_t symbols = after_word ? model_->symbols_after_word : model_->symbols_in_word;
+  return std::exp(ends + model_->phrase_gain + phrases->most_held(state, symbols)) * (1.0 + 1e-6);
 }
 
 // Labels that can still make a candidate, best first.

@@ -62,7 +62,8 @@ struct CtcModel {
   double child_factor;  // no label can multiply a rank by more, closing ones apart
   double close_factor;
   double phrase_gain = 0.0;    // nats: what one label can be worth to phrases, loans and the word it ends apart
-  int64_t phrase_symbols = 0;  // bytes and boundaries that one label can add
+  int64_t symbols_after_word = 0;  // bytes and boundaries that one label can add
+  int64_t symbols_in_word = 0;
 
   CtcModel(CtcRules rules, std::vector<CtcLabel> labels, CtcLanguage language);
 

@@ -157,10 +157,15 @@ double PhraseAutomaton::say(uint32_t* state, int32_t token) const {
   return gain;
 }
 
-double PhraseAutomaton::most_gain(bool at_boundary) const {
+double PhraseAutomaton::most_gain(Ending ending) const {
   double most = 0.0;
   for (size_t node = 1; node < token_.size(); ++node) {
-    if ((token_[node] == kWordBoundary) == at_boundary) most = std::max<double>(most, gain_[node]);
+    Ending own = Ending::kToken;
+    if (token_[node] == kWordBoundary) {
+      const int32_t before = token_[parent_[node]];
+      own = before >= 0 && ends_inside(before) ? Ending::kBoundaryBehindLetter : Ending::kBoundaryBehindOther;
+    }
+    if (own == ending) most = std::max<double>(most, gain_[node]);
   }
   return most;
 }

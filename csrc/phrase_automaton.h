@@ -49,8 +49,9 @@ class PhraseAutomaton {
 
   // The same without loans: what the token gains for good, that of a word it ends included. `state` becomes the new one.
   double say(uint32_t* state, int32_t token) const;
-  // No node but those at a boundary, or none but the others, is worth more for good.
-  double most_gain(bool at_boundary) const;
+  // No node of a kind is worth more for good.
+  enum class Ending { kToken, kBoundaryBehindLetter, kBoundaryBehindOther };
+  double most_gain(Ending ending) const;
   double most_held(uint32_t state, int64_t symbols) const;  // after at most so many more tokens and boundaries
   bool is_inside(int32_t token) const { return begins_inside(token) && ends_inside(token); }
 
