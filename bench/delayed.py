@@ -119,8 +119,8 @@ def transcribed(decoder: FusionDecoder, states: Tensor, system: System) -> tuple
         results = decoder.decode(states[start : start + BATCH], rule=system.rule, beam_size=system.beam_size)
         texts += [result.text for result in results]
         assert results[0].timing is not None
-        for name, count in results[0].timing.counts.items():
-            counts[name] += count
+        for name in counts:
+            counts[name] += results[0].timing.counts.get(name, 0)
     return texts, counts
 
 
@@ -257,8 +257,8 @@ def ctc_rows(work: Path, clips: int) -> list[dict[str, object]]:
             for log_probs, frames in zip(scores, lengths, strict=True):
                 results = decoder.decode(log_probs, frames, rule=rule, beam_size=beam, **names)
                 texts += [result.text for result in results]
-                for key, count in (results[0].timing.counts if results[0].timing else {}).items():
-                    counts[key] += count
+                for key in counts:
+                    counts[key] += results[0].timing.counts.get(key, 0) if results[0].timing else 0
             seconds = (time.perf_counter() - start) / len(chosen)
             errors = word_errors([clip.text for clip in chosen], texts)
             rows.append({

@@ -76,7 +76,7 @@ def systems(work: Path, data: Path, labels: tuple[str, ...]) -> Iterator[System]
                 "hotword_weight": (1.0, 3.0),
             }
             name = f"words 3-gram of both text, {len(terms)} drug names as hotwords"
-            yield System(name, words, grid, fixed={"hotwords": terms})
+            yield System(name, words, grid, fixed={"hotwords": terms, "hotword_form": "words"})
             late = (fusion.delayed(0.4, interval=16),)
             grid = {"length_bonus": (2.0, 3.0)}
             yield System("neural LM of both text, delayed", alone, grid, late, beam_size=NEURAL_BEAM)

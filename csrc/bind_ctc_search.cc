@@ -187,7 +187,10 @@ void bind_ctc_search(py::module_& module) {
       .def_readwrite("hotword_weight", &CtcLanguage::hotword_weight)
       .def("set_table", &set_table, py::kw_only(), py::arg("table").none(false), py::arg("lexicon").none(true))
       .def("set_hotwords", [](CtcLanguage& language, std::shared_ptr<CtcLexicon> words) { language.hotwords = words; },
-           py::kw_only(), py::arg("words"));
+           py::kw_only(), py::arg("words"))
+      .def("set_phrases",
+           [](CtcLanguage& language, std::shared_ptr<PhraseAutomaton> phrases) { language.phrases = phrases; },
+           py::kw_only(), py::arg("phrases").none(false));
   py::class_<CtcRules>(module, "CtcRules")
       .def(py::init([](int32_t blank, int32_t delimiter, int64_t beam_size) {
              require(beam_size >= 1, "beam_size must be at least 1.");

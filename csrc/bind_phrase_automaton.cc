@@ -77,6 +77,15 @@ py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t
   return values;
 }
 
+py::array_t<float> held(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+  check_states(automaton, states);
+  py::array_t<float> values({states.shape(0)});
+  for (py::ssize_t i = 0; i < states.shape(0); ++i) {
+    values.mutable_at(i) = automaton.held(static_cast<uint32_t>(states.at(i)));
+  }
+  return values;
+}
+
 // With `shared_first` the bonuses from the root are left out and taken off.
 py::tuple step(const PhraseAutomaton& automaton, const Array<int64_t>& states, bool shared_first) {
   check_states(automaton, states);
@@ -114,6 +123,7 @@ void bind_phrase_automaton(py::module_& module) {
       .def("step", &step, py::kw_only(), states, py::arg("shared_first"))
       .def("advance", &advance, py::kw_only(), states, py::arg("tokens"))
       .def("refunds", &refunds, py::kw_only(), states)
+      .def("held", &held, py::kw_only(), states)
       .def_property_readonly("start_state", &PhraseAutomaton::start_state)
       .def_property_readonly("num_states", &PhraseAutomaton::num_states);
 }

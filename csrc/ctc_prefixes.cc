@@ -25,6 +25,7 @@ CtcPrefixes::CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage&
     : labels_(&labels), language_(&language), slots_(64, -1) {
   nodes_.push_back(CtcPrefix{-1, -1, 0.0, 0.0, 1.0, 1.0, kEmptyHash, kEmptyHash, 0, start_state, CtcLexicon::kRoot,
                              CtcLexicon::kRoot, 0, -1, -1});
+  if (language.phrases != nullptr) nodes_[0].phrase = language.phrases->start_state();
 }
 
 size_t CtcPrefixes::slot(int32_t parent, int32_t label) const {
@@ -89,12 +90,33 @@ void CtcPrefixes::make(CtcPrefix& node, const CtcPrefix& above) const {
 
 void CtcPrefixes::spell(CtcPrefix& node, const CtcLabel& label) const {
   if (label.text.empty()) return;
-  if (node.word_characters == 0 && node.text_hash != kEmptyHash) node.text_hash = hash_byte(node.text_hash, ' ');
+  if (node.word_characters == 0 && node.text_hash != kEmptyHash) {
+    node.text_hash = hash_byte(node.text_hash, ' ');
+    say(node, ' ');
+  }
   node.text_hash = hash_bytes(node.text_hash, label.text);
+  for (const char byte : label.text) say(node, static_cast<uint8_t>(byte));
   node.word_hash = hash_bytes(node.word_hash, label.text);
   node.word_characters += count_characters(label.text);
   if (language_->lexicon != nullptr) node.lexicon = language_->lexicon->advance(node.lexicon, label.text);
   if (language_->hotwords != nullptr) node.hotword = language_->hotwords->advance(node.hotword, label.text);
+}
+
+// Phrases gain for good here; what they lend only ranks.
+void CtcPrefixes::say(CtcPrefix& node, uint8_t byte) const {
+  if (language_->phrases != nullptr) node.fused += language_->phrases->say(&node.phrase, byte);
+}
+
+double CtcPrefixes::phrase_worth(int32_t parent, int32_t number) const {
+  const CtcPrefix& above = nodes_[parent];
+  const CtcLabel& label = (*labels_)[number];
+  const bool after_end = above.label >= 0 && (*labels_)[above.label].ends_word;
+  const bool begins = label.begins_word || after_end || above.word_characters == 0;
+  uint32_t state = above.phrase;
+  double gain = 0.0;
+  if (!label.text.empty() && begins && above.text_hash != kEmptyHash) gain += language_->phrases->say(&state, ' ');
+  for (const char byte : label.text) gain += language_->phrases->say(&state, static_cast<uint8_t>(byte));
+  return gain + language_->phrases->held(state);
 }
 
 void CtcPrefixes::close_word(CtcPrefix& node) const {
@@ -118,18 +140,20 @@ void CtcPrefixes::close_word(CtcPrefix& node) const {
 
 double CtcPrefixes::partial(const CtcPrefix& node) const {
   const CtcLanguage& language = *language_;
-  if (node.word_characters == 0) return 0.0;
+  const double held = language.phrases == nullptr ? 0.0 : language.phrases->held(node.phrase);
+  if (node.word_characters == 0) return held;
   const int32_t wanted = language.hotwords == nullptr ? 0 : language.hotwords->shortest(node.hotword);
-  if (wanted != 0) return language.hotword_weight * node.word_characters / wanted;
-  if (language.lexicon == nullptr || language.lexicon->shortest(node.lexicon) != 0) return 0.0;
+  if (wanted != 0) return held + language.hotword_weight * node.word_characters / wanted;
+  if (language.lexicon == nullptr || language.lexicon->shortest(node.lexicon) != 0) return held;
   const double scale = static_cast<double>(std::max(node.word_characters, kUsualWord)) / kUsualWord;
-  return language.unknown_prefix * scale;
+  return held + language.unknown_prefix * scale;
 }
 
 CtcEnding CtcPrefixes::ending(int32_t number) const {
   const CtcLanguage& language = *language_;
   CtcPrefix node = nodes_[number];
   if (node.word_characters > 0 || (language.score_empty_word && language.lexicon != nullptr)) close_word(node);
+  if (language.phrases != nullptr) node.fused += language.phrases->closing(node.phrase);
   const uint32_t state = node.lm_state;
   if (language.table != nullptr && language.score_end) {
     const double log_prob = language.table->end(state);
@@ -143,6 +167,7 @@ uint64_t CtcPrefixes::history_hash(int32_t node, int64_t words) const {
   uint64_t hash = kEmptyHash;
   const auto take = [&hash](uint64_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15u; hash ^= hash >> 32; };
   take(nodes_[node].word_hash);
+  take(nodes_[node].phrase);
   for (int32_t at = nodes_[node].last_close; words > 0 && at >= 0; --words) {
     take(nodes_[at].closed_hash);
     at = nodes_[nodes_[at].parent].last_close;

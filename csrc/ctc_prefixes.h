@@ -8,6 +8,7 @@
 
 #include "ctc_lexicon.h"
 #include "ngram_table.h"
+#include "phrase_automaton.h"
 
 namespace shallowfusion {
 
@@ -32,6 +33,7 @@ struct CtcLanguage {
   std::shared_ptr<const CtcLexicon> lexicon;   // null: no word-level table
   std::shared_ptr<const CtcLexicon> hotwords;  // null: none
   double hotword_weight = 0.0;
+  std::shared_ptr<const PhraseAutomaton> phrases;  // of bytes of text; null: none
 };
 
 struct CtcPrefix {
@@ -51,6 +53,7 @@ struct CtcPrefix {
   int32_t last_close;       // the prefix, itself included, that last closed a word; -1: none
   int32_t live;             // place in the beam; -1: none
   double extra = 0.0;       // nats that the caller set of a live prefix; others have their parent's
+  uint32_t phrase = 0;      // state of the automaton after the text
 };
 
 // What the end of the utterance adds to a prefix.
@@ -65,6 +68,7 @@ class CtcPrefixes {
   CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, uint32_t start_state);
 
   int32_t child(int32_t parent, int32_t label);  // found or made
+  double phrase_worth(int32_t parent, int32_t label) const;  // nats to phrases, loans included, of the child
   CtcEnding ending(int32_t node) const;
   uint64_t history_hash(int32_t node, int64_t words) const;
 
@@ -79,6 +83,7 @@ class CtcPrefixes {
   void make(CtcPrefix& node, const CtcPrefix& above) const;
   void spell(CtcPrefix& node, const CtcLabel& label) const;
   void close_word(CtcPrefix& node) const;
+  void say(CtcPrefix& node, uint8_t byte) const;
   double partial(const CtcPrefix& node) const;
   size_t slot(int32_t parent, int32_t label) const;
   void rehash(size_t num_slots);

@@ -213,10 +213,25 @@ void CtcUtterance::tighten(size_t count) {
   threshold_ = std::max(threshold_, candidates_[keep - 1].rank);
 }
 
+// No label can multiply the rank of a child of the node by more, as phrases go.
+double CtcUtterance::most_of_phrases(int32_t node) const {
+  const PhraseAutomaton* phrases = model_->language.phrases.get();
+  if (phrases == nullptr) return 1.0;
+  const uint32_t state = prefixes_[node].phrase;
+  const double ends = std::max<double>(0.0, phrases->closing(state));
+  const bool after_word =
+      prefixes_[node].word_characters == 0 || (node != 0 && model_->labels[prefixes_[node].label].ends_word);
+  const int64_t symbols = after_word ? model_->symbols_after_word : model_->symbols_in_word;
+  return std::exp(ends + model_->phrase_gain + phrases->most_held(state, symbols)) * (1.0 + 1e-6);
+}
+
 // Labels that can still make a candidate, best first.
 void CtcUtterance::sort_labels() {
   double largest = 0.0;
-  for (const Entry& entry : live_) largest = std::max(largest, combine(entry.blank.value, entry.label.value));
+  for (const Entry& entry : live_) {
+    const double mass = combine(entry.blank.value, entry.label.value);
+    largest = std::max(largest, mass * most_of_phrases(entry.node));
+  }
   const double reach = largest * std::max(model_->child_factor, model_->close_factor);
   // A hair below the exact bound: the mass is a product of rounded numbers.
   const double cut =
@@ -241,19 +256,24 @@ void CtcUtterance::extend_entry(size_t place) {
   const size_t limit = static_cast<size_t>(model_->rules.beam_size) + std::max<size_t>(64, model_->rules.beam_size);
   const int32_t parent = live_[place].node;
   const double all = combine(live_[place].blank.value, live_[place].label.value);
+  const double of_phrases = most_of_phrases(parent);
   const double largest_factor = std::max(model_->child_factor, model_->close_factor);
   const bool boundary = is_boundary(parent);
   const bool after_end = parent != 0 && model_->labels[prefixes_[parent].label].ends_word;
   for (const auto& [label_prob, label] : sorted_labels_) {
     const double reach = all * label_prob;
-    if (reach == 0.0 || reach * largest_factor < threshold_) break;
+    if (reach == 0.0 || reach * largest_factor * of_phrases < threshold_) break;
     if (boundary && label == model_->rules.delimiter) continue;
     Entry& above = live_[place];
     const bool repeats = prefixes_[parent].label == label;
     const double from = (repeats ? above.blank.value : all) * label_prob;
     const bool closes = model_->labels[label].begins_word || after_end;
     const double factor = closes ? largest_factor : model_->child_factor;
-    if (from == 0.0 || from * factor < threshold_) continue;
+    if (from == 0.0 || from * factor * of_phrases < threshold_) continue;
+    if (of_phrases > 1.0) {  // a look is cheaper than a child
+      const double worth = prefixes_.phrase_worth(parent, label);
+      if (from * factor * (worth == 0.0 ? 1.0 : std::exp(worth)) < threshold_) continue;
+    }
     const int32_t node = prefixes_.child(parent, label);
     CtcPrefix& prefix = prefixes_[node];
     if (prefix.live >= 0) continue;  // its parent's part was added when it stayed

@@ -61,8 +61,14 @@ struct CtcModel {
   CtcLanguage language;
   double child_factor;  // no label can multiply a rank by more, closing ones apart
   double close_factor;
+  double phrase_gain = 0.0;    // nats: what one label can be worth to phrases, loans and the word it ends apart
+  int64_t symbols_after_word = 0;  // bytes and boundaries that one label can add
+  int64_t symbols_in_word = 0;
 
   CtcModel(CtcRules rules, std::vector<CtcLabel> labels, CtcLanguage language);
+
+ private:
+  void bound_phrases();
 };
 
 // One utterance. Masses are probabilities times exp(fused + extra), scaled by powers of two so that the best stays near 1:
@@ -124,6 +130,7 @@ class CtcUtterance {
   double prob(int32_t label);
   double combine(double one, double other) const { return model_->rules.use_max ? (one < other ? other : one) : one + other; }
   bool is_boundary(int32_t node) const;
+  double most_of_phrases(int32_t node) const;
   void stay();
   void stay_entry(const Entry& old);
   void extend();

@@ -36,6 +36,12 @@ PhraseAutomaton::PhraseAutomaton(const PhrasePatterns& patterns) {
   const std::vector<uint32_t> last_nodes = lay_out(patterns);
   link_suffixes();
   value(patterns, last_nodes);
+  most_held_.assign(levels_.size(), 0.0F);
+  for (size_t level = 0; level < levels_.size(); ++level) {
+    const size_t end = level + 1 < levels_.size() ? levels_[level + 1] : token_.size();
+    if (level > 0) most_held_[level] = most_held_[level - 1];
+    for (size_t node = levels_[level]; node < end; ++node) most_held_[level] = std::max(most_held_[level], held_[node]);
+  }
 }
 
 std::vector<uint32_t> PhraseAutomaton::lay_out(const PhrasePatterns& patterns) {
@@ -46,12 +52,14 @@ std::vector<uint32_t> PhraseAutomaton::lay_out(const PhrasePatterns& patterns) {
   std::iota(live.begin(), live.end(), int64_t{0});
   token_.assign(1, -1);
   parent_.assign(1, kRoot);
+  levels_.assign(1, kRoot);
   for (int64_t depth = 0; !live.empty(); ++depth) {
     const auto token = [&](int64_t i) { return patterns.tokens[patterns.offsets[i] + depth]; };
     std::sort(live.begin(), live.end(), [&](int64_t left, int64_t right) {
       return node_of[left] != node_of[right] ? node_of[left] < node_of[right] : token(left) < token(right);
     });
     const auto first_node = static_cast<uint32_t>(token_.size());
+    levels_.push_back(first_node);
     for (const int64_t i : live) {
       const bool is_new =
           token_.size() == first_node || parent_.back() != node_of[i] || token_.back() != token(i);
@@ -135,6 +143,36 @@ PhraseAutomaton::Arrival PhraseAutomaton::arrive(uint32_t state, int32_t token) 
     target = bounded(target);
   }
   return {target, value + held_[target]};
+}
+
+double PhraseAutomaton::say(uint32_t* state, int32_t token) const {
+  const bool inside = begins_inside(token);
+  double gain = inside ? 0.0 : closing(*state);
+  *state = next(inside ? *state : bounded(*state), token);
+  gain += gain_[*state];
+  if (!ends_inside(token)) {
+    gain += closing(*state);
+    *state = bounded(*state);
+  }
+  return gain;
+}
+
+double PhraseAutomaton::most_gain(Ending ending) const {
+  double most = 0.0;
+  for (size_t node = 1; node < token_.size(); ++node) {
+    Ending own = Ending::kToken;
+    if (token_[node] == kWordBoundary) {
+      const int32_t before = token_[parent_[node]];
+      own = before >= 0 && ends_inside(before) ? Ending::kBoundaryBehindLetter : Ending::kBoundaryBehindOther;
+    }
+    if (own == ending) most = std::max<double>(most, gain_[node]);
+  }
+  return most;
+}
+
+double PhraseAutomaton::most_held(uint32_t state, int64_t symbols) const {
+  const int64_t depth = std::upper_bound(levels_.begin(), levels_.end(), state) - levels_.begin() - 1;
+  return most_held_[std::min<int64_t>(depth + symbols, static_cast<int64_t>(most_held_.size()) - 1)];
 }
 
 std::vector<int32_t> PhraseAutomaton::tokens_from(uint32_t state, bool inside,

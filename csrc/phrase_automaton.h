@@ -47,6 +47,14 @@ class PhraseAutomaton {
   };
   Arrival arrive(uint32_t state, int32_t token) const;
 
+  // The same without loans: what the token gains for good, that of a word it ends included. `state` becomes the new one.
+  double say(uint32_t* state, int32_t token) const;
+  // No node of a kind is worth more for good.
+  enum class Ending { kToken, kBoundaryBehindLetter, kBoundaryBehindOther };
+  double most_gain(Ending ending) const;
+  double most_held(uint32_t state, int64_t symbols) const;  // after at most so many more tokens and boundaries
+  bool is_inside(int32_t token) const { return begins_inside(token) && ends_inside(token); }
+
   // Tokens whose bonus from a state is not that from the root, sorted; `with_first`: not nothing. The values are what
   // comes on top of `closing`, and without `with_first` of that from the root.
   struct Arc {
@@ -81,6 +89,8 @@ class PhraseAutomaton {
   std::vector<uint32_t> suffix_;  // the longest proper suffix that is a node
   std::vector<float> gain_;
   std::vector<float> held_;
+  std::vector<uint32_t> levels_;    // the first node of each depth
+  std::vector<float> most_held_;    // of the nodes up to each depth
 };
 
 }  // namespace shallowfusion

@@ -28,6 +28,7 @@ from shallowfusion.scorers.loading import (
     load_language_model,
     load_whisper,
 )
+from shallowfusion.scorers.ngram import Lookups
 from shallowfusion.scorers.prefixes import PrefixCache
 from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.device_loop import DevicePrograms
@@ -81,6 +82,7 @@ class FusionDecoder:
         dtype: str | torch.dtype = "auto",
         internal_context: str | Path | None = None,
         lm_bridge: LmBridge | None = None,
+        ngram_lookups: Lookups = "auto",
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -94,6 +96,8 @@ class FusionDecoder:
                 weights of products as int8, the rest bfloat16 or float32; see docs/speed.md for what it costs).
             internal_context: file of `shallowfusion train-ilm`, for fusion.internal_lm(variant="trained").
             lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
+            ngram_lookups: of n-gram models of pieces: "rows" (every token, in the fused step), "candidates" (only what
+                survives it) or "auto" (candidates on CUDA, where the rule allows it); see `NgramScorer`.
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -104,7 +108,7 @@ class FusionDecoder:
         acoustic = load_whisper(str(asr), where, number)
         names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
         vocabulary = acoustic.scorer.vocabulary
-        models = [load_language_model(str(name), vocabulary, where, number) for name in names]
+        models = [load_language_model(str(name), vocabulary, where, number, ngram_lookups) for name in names]
         context = None if internal_context is None else read_internal_context(internal_context)
         return cls(acoustic, models, context, lm_bridge)
 

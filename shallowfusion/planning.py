@@ -29,6 +29,7 @@ from shallowfusion.scorers.source_domain import SourceDomainScorer
 from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.late import DelayedModels, late_sources
+from shallowfusion.search.lookups import with_ngram_lookups
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.text.vocabulary import Vocabulary, class_factors, text_map, token_map
@@ -172,7 +173,7 @@ class SearchPlanner:
         late = (*delayed, *bridged, *joint)
         named = {source.name for source in late}
         names = tuple(name for name in self.names_under(rule) if name not in named)
-        return Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), late, rule)
+        return with_ngram_lookups(Sources(tuple(scorers), tuple(contexts), names, plan, tuple(languages), late, rule))
 
     def _bridged(self, options: DecodingOptions, rule: Rule, utterances: int, end_id: int) -> list[CandidateScorer]:
         if not self._bridges.languages or rule.delay is not None:

@@ -23,8 +23,9 @@ Transcriber = Callable[[list[str]], list[Transcription]]
 NUMBER = {"int": int, "float": float}
 BRIDGES = ("bytes",)
 DEFAULT_RESCORING_WEIGHT, DEFAULT_LIST_SIZE = 0.24, 20
-CTC_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
-RESCORING_OPTIONS = (*CTC_OPTIONS, "rule", "length_penalty")
+RESCORED_SEARCH_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
+CTC_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "hotword", "hotwords_inside_words")
+RESCORING_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "length_penalty")
 
 
 def add_parser(commands: Any) -> None:
@@ -91,6 +92,8 @@ def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) ->
     lm = arguments.lm[0] if arguments.lm else None
     decoder = CTCDecoder.from_pretrained(arguments.asr, lm, arguments.device, arguments.dtype)
     chosen: dict[str, Any] = {"length_bonus": options.length_bonus}
+    if options.hotwords:
+        chosen |= {"hotwords": options.hotwords, "hotwords_inside_words": options.hotwords_inside_words}
     if arguments.beam_size is not None:
         chosen["beam_size"] = arguments.beam_size
     if arguments.lm_weight:

@@ -309,6 +309,7 @@ class BeamSearchDecoderCTC:
             word_bonus=0.0 if model is None else float(model.beta),
             hotwords=tuple(hotwords or ()),
             hotword_weight=hotword_weight,
+            hotword_form="words",
             token_min_log_prob=token_min_logp,
             beam_margin=-beam_prune_logp,
             places="paths",

@@ -55,7 +55,7 @@ def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLan
     native = 'or let the native search decode (backend="native").'
     if language is not None and language.unit == "words":
         return f'a word-level language model needs words spelled out; give CtcLanguage(table, unit="labels") {native}'
-    if options.hotword_list:
+    if options.hotwords:
         return f"hotwords need words spelled out; leave them out {native}"
     if options.word_bonus != 0:
         return f"word_bonus={options.word_bonus} needs words; use length_bonus {native}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from shallowfusion.ctc.hotwords import phrase_patterns
 from shallowfusion.ctc.search import known_words, label_words
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
+from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
+from shallowfusion.phrases.automaton_reference import ReferencePhraseAutomaton
 
 __all__ = ["Language", "Prefix"]
 
@@ -24,6 +27,7 @@ class Prefix:
     lm_state: int = 0
     closes: bool = False  # its last label was the end of a word by itself
     extra: float = 0.0  # given by the caller, or to the prefix it comes from
+    phrase: int = 0  # state of the hotwords' automaton
 
     @property
     def last(self) -> int:
@@ -44,12 +48,21 @@ class Language:
         self.words: dict[str, tuple[int, bool]] = {}
         if language is not None and self.by_words:
             self.words = {word: (number, known) for word, number, known in known_words(language)}
+        patterns = phrase_patterns(alphabet, options)
+        self.phrases = None if patterns is None else ReferencePhraseAutomaton(patterns)
+        self.start_phrase = 0 if self.phrases is None else self.phrases.start_state
+        self._gains: dict[tuple[int, int], tuple[float, int]] = {}
         self.beginnings = {word[:n] for word, (_, known) in self.words.items() if known for n in range(len(word) + 1)}
 
     def extended(self, prefix: Prefix, label: int) -> Prefix:
         piece = self.alphabet.pieces[label]
         if piece.begins_word or prefix.closes:
             prefix = self.closed(prefix)
+        if self.phrases is not None and piece.text:
+            between = " " if prefix.words and not prefix.word else ""
+            for byte in (between + piece.text).encode():
+                gain, state = self._said(self.phrases, prefix.phrase, byte)
+                prefix = replace(prefix, fused=prefix.fused + gain, phrase=state)
         prefix = replace(
             prefix,
             labels=(*prefix.labels, label),
@@ -60,6 +73,17 @@ class Language:
         if self.language is not None and self.language.unit == "labels":
             return self.scored(prefix, self.label_words[label])
         return prefix
+
+    def _said(self, phrases: PhraseAutomatonProtocol, state: int, byte: int) -> tuple[float, int]:
+        """What a byte gains for good, without the loans, and the state after it."""
+        if (state, byte) not in self._gains:
+            _, bytes_listed, values = phrases.step([state])
+            listed = dict(zip(bytes_listed.tolist(), values.tolist(), strict=True))
+            after = int(phrases.advance([state], [byte])[0])
+            bonus = float(phrases.refunds([state])[0]) + listed.get(byte, 0.0)
+            held, still_held = phrases.held([state, after]).tolist()
+            self._gains[state, byte] = bonus + held - still_held, after
+        return self._gains[state, byte]
 
     def closed(self, prefix: Prefix, even_empty: bool = False) -> Prefix:
         if not prefix.word and not even_empty:
@@ -84,16 +108,17 @@ class Language:
         return replace(prefix, lm=prefix.lm + log_prob, fused=fused, lm_state=int(states[0]))
 
     def spelling(self, prefix: Prefix) -> float:
-        """What only ranks: the word being spelled."""
+        """What only ranks: the word being spelled, and the phrase."""
         word = prefix.word
+        held = 0.0 if self.phrases is None else float(self.phrases.held([prefix.phrase])[0])
         if not word:
-            return 0.0
+            return held
         lengths = [len(hotword) for hotword in self.options.hotword_list if hotword.startswith(word)]
         if lengths:
-            return self.options.hotword_weight * len(word) / min(lengths)
+            return held + self.options.hotword_weight * len(word) / min(lengths)
         if self.language is None or not self.by_words or word in self.beginnings:
-            return 0.0
-        return self.language.unknown_prefix * max(len(word), USUAL_WORD) / USUAL_WORD
+            return held
+        return held + self.language.unknown_prefix * max(len(word), USUAL_WORD) / USUAL_WORD
 
     def ended(self, prefix: Prefix) -> tuple[Prefix, int]:
         """The prefix after the end, and the state before it."""
@@ -102,6 +127,9 @@ class Language:
             prefix = self.closed(
                 prefix, even_empty=self.by_words and language is not None and language.score_empty_word
             )
+        if self.phrases is not None:
+            closing = float(self.phrases.refunds([prefix.phrase])[0] + self.phrases.held([prefix.phrase])[0])
+            prefix = replace(prefix, fused=prefix.fused + closing)
         state = prefix.lm_state
         if language is not None and language.score_boundary:
             prefix = self.scored(prefix, language.table.model.end_word)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from shallowfusion import _native
 from shallowfusion.checks import LARGEST_INTEGER, integer
 from shallowfusion.config import require
+from shallowfusion.ctc.hotwords import phrase_patterns
 from shallowfusion.ctc.results import (
     CtcHypothesis,
     CtcLive,
@@ -21,6 +22,8 @@ from shallowfusion.ctc.results import (
 )
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import VocabularyError
+from shallowfusion.phrases.automaton import PhraseAutomaton
+from shallowfusion.phrases.patterns import Patterns
 
 __all__ = ["CtcSearch", "CtcSearchProtocol", "CtcState"]
 
@@ -46,7 +49,11 @@ class CtcSearchProtocol(Protocol):
         p_n'(l)   = P_t(last(l)) * p_n(l)
         p_n'(l+c) = P_t(c) * (p_b(l) if c == last(l) else p_b(l) + p_n(l))
         total(l)  = log(p_b(l) + p_n(l)) + lm_weight * lm(l) + word_bonus * words(l) + length_bonus * labels(l)
-                    + lm_weight * unknown_word * unknown(l) + hotword_weight * hotwords(l)
+                    + lm_weight * unknown_word * unknown(l) + hotwords(l)
+
+    hotwords(l) is the weights of the phrases that l holds, each place counted; a phrase at the end of l, whose word may
+    go on, counts once the next word begins, or at the end. The match in progress ranks prefixes as
+    `PhraseAutomatonProtocol` lends it, and is in no total.
 
     With merge="max" sums become maxima. After each frame the `beam_size` best stay. A delimiter after a delimiter, or
     before the first word, adds nothing to a prefix. Where different labels may spell the same text
@@ -161,9 +168,12 @@ class CtcSearch:
         self._threads = available if threads is None else integer("threads", threads, 1, 1024)
         check_settings(alphabet, options, language)
         words = label_words(alphabet, language)
+        phrases = phrase_patterns(alphabet, options)
         labels = [(*piece, word) for piece, word in zip(alphabet.pieces, words, strict=True)]
         self._native = _native.CtcSearch(
-            labels=labels, rules=_rules(alphabet, options, language), language=_language(options, language, lexicon)
+            labels=labels,
+            rules=_rules(alphabet, options, language),
+            language=_language(options, language, lexicon, phrases),
         )
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> Any:
@@ -200,7 +210,7 @@ def check_settings(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLang
     cure = "give CtcAlphabet a delimiter or word_start."
     word_level = language is not None and language.unit == "words"
     require(alphabet.has_words or not word_level, f"a word-level language model needs words; {cure}")
-    require(alphabet.has_words or not options.hotwords, f"hotwords need words; {cure}")
+    require(alphabet.has_words or not options.hotword_list, f'hotword_form="words" needs words; {cure}')
     require(alphabet.has_words or options.word_bonus == 0, f"word_bonus={options.word_bonus} needs words; {cure}")
 
 
@@ -263,7 +273,9 @@ def _lexicon(language: CtcLanguage | None) -> _native.CtcLexicon | None:
     return _native.CtcLexicon(words=known_words(language))
 
 
-def _language(options: CtcOptions, language: CtcLanguage | None, lexicon: _native.CtcLexicon | None) -> Any:
+def _language(
+    options: CtcOptions, language: CtcLanguage | None, lexicon: _native.CtcLexicon | None, phrases: Patterns | None
+) -> Any:
     native = _native.CtcLanguage()
     native.word_bonus = options.word_bonus
     native.label_bonus = options.length_bonus
@@ -271,6 +283,8 @@ def _language(options: CtcOptions, language: CtcLanguage | None, lexicon: _nativ
         native.hotword_weight = options.hotword_weight
         words = _native.CtcLexicon(words=[(word, 0, True) for word in options.hotword_list])
         native.set_hotwords(words=words)
+    if phrases is not None:
+        native.set_phrases(phrases=PhraseAutomaton(phrases).native)
     if language is not None:
         native.weight = options.lm_weight
         native.unknown_word = options.lm_weight * language.unknown_word

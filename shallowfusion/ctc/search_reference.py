@@ -102,7 +102,9 @@ class ReferenceCtcSearch:
         return State([self._fresh(state) for state in start_states_of(start_states, count, default)])
 
     def _fresh(self, lm_state: int) -> Utterance:
-        return Utterance([Entry(Prefix(lm_state=lm_state), (0, 0), blank=Path(0.0, 0.0))])
+        return Utterance(
+            [Entry(Prefix(lm_state=lm_state, phrase=self._language.start_phrase), (0, 0), blank=Path(0.0, 0.0))]
+        )
 
     def step(self, state: Any, log_probs: object, lengths: object = None) -> None:
         frames = frames_of(log_probs, lengths, len(state.utterances), len(self.alphabet.labels))
@@ -223,7 +225,7 @@ class ReferenceCtcSearch:
         for place in places:
             prefix = place[3].prefix
             ending = self.alphabet.blank if by_paths and place[2] == 0 else prefix.last
-            key = (prefix.words[-self.options.history_words :], prefix.word, ending)
+            key = (prefix.words[-self.options.history_words :], prefix.word, prefix.phrase, ending)
             if key not in seen:
                 seen.add(key)
                 yield place

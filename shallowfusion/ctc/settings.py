@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from shallowfusion.checks import integer
 from shallowfusion.config import require
-from shallowfusion.errors import VocabularyError
+from shallowfusion.errors import InvalidArgumentError, VocabularyError
 from shallowfusion.ngrams.table import NgramTableProtocol
 
 __all__ = ["CtcAlphabet", "CtcLanguage", "CtcOptions", "Piece"]
@@ -20,7 +20,10 @@ Merge = Literal["logsumexp", "max"]
 Places = Literal["prefixes", "paths"]
 Times = Literal["best", "last"]
 Backend = Literal["auto", "native", "device"]
+HotwordForm = Literal["phrases", "words"]
+Hotwords = Mapping[str, float] | Sequence[str | tuple[str, float]] | str
 MAX_BEAM = 1_000_000
+LARGEST_WEIGHT = 100.0  # nats of a phrase: the search multiplies by its exponential
 WORD_START = "▁"  # sentencepiece's mark of a word's first piece
 
 
@@ -170,9 +173,13 @@ class CtcOptions:
         lm_weight: of the language model's log-probs.
         word_bonus: nats per closed word.
         length_bonus: nats per label.
-        hotwords: words, or phrases whose words count each, that earn `hotword_weight` nats each time they are said;
-            while one is being spelled, the part of the weight that its spelled part is of the shortest such word.
+        hotwords: words and phrases to favour: {"Fallot": 4.0} in nats each time one is said, or texts alone, which
+            get `hotword_weight` each; negative weights make a phrase less likely. While one is being spelled, its
+            spelled part ranks as its share of the weight, a loan that no total holds.
         hotword_weight: nats.
+        hotword_form: "phrases": a phrase counts when its words follow each other; "words": each word of `hotwords`
+            counts by itself and gets `hotword_weight`, as in pyctcdecode.
+        hotwords_inside_words: phrases count inside longer words too ("art" in "heart"), not only as whole words.
         token_min_log_prob: labels below it, the blank included, are left out of a frame unless they are its best.
         top_labels: so many labels of a frame, the blank counted, are looked at.
         beam_margin: nats; prefixes that lie more below the best are dropped, in the final list as well.
@@ -198,8 +205,10 @@ class CtcOptions:
     lm_weight: float = 0.5
     word_bonus: float = 0.0
     length_bonus: float = 0.0
-    hotwords: tuple[str, ...] = ()
-    hotword_weight: float = 10.0
+    hotwords: Hotwords = ()
+    hotword_weight: float = 4.0
+    hotword_form: HotwordForm = "phrases"
+    hotwords_inside_words: bool = False
     token_min_log_prob: float | None = None
     top_labels: int | None = None
     beam_margin: float | None = None
@@ -239,16 +248,55 @@ class CtcOptions:
             lowest is None or (_is_number(lowest) and not math.isnan(lowest)),
             f"token_min_log_prob must be nats or None, got {lowest!r}; -5 is customary.",
         )
+        self._check_hotwords()
+
+    def _check_hotwords(self) -> None:
+        form, inside = self.hotword_form, self.hotwords_inside_words
+        require(form in ("phrases", "words"), f"hotword_form must be 'phrases' or 'words', got {form!r}.")
+        require(isinstance(inside, bool), f"hotwords_inside_words must be True or False, got {inside!r}.")
+        given: Any = [self.hotwords] if isinstance(self.hotwords, str) else self.hotwords
+        given = given.items() if isinstance(given, Mapping) else given
+        try:
+            entries = tuple(entry if isinstance(entry, str) else _weighted(*entry) for entry in given)
+        except TypeError:
+            raise InvalidArgumentError(
+                f"hotwords must be texts or a mapping of text to weight, got {self.hotwords!r}."
+            ) from None
         require(
-            not isinstance(self.hotwords, str) and all(isinstance(word, str) for word in self.hotwords),
-            f"hotwords must be a tuple of words, got {self.hotwords!r}.",
+            form == "phrases" or not (inside or any(not isinstance(entry, str) for entry in entries)),
+            'with hotword_form="words" hotwords are whole words that share hotword_weight; give them without weights.',
         )
-        object.__setattr__(self, "hotwords", tuple(self.hotwords))
+        for text, weight in map(self._pair, entries if form == "phrases" else ()):
+            require(bool(text.strip()), f"hotwords must be texts, got {text!r}.")
+            require(
+                abs(weight) <= LARGEST_WEIGHT,
+                f"the weight of {text!r} among the hotwords must be from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} "
+                f"nats, got {weight:g}; 4 is customary.",
+            )
+        object.__setattr__(self, "hotwords", entries)
+
+    def _pair(self, entry: str | tuple[str, float]) -> tuple[str, float]:
+        return (entry, self.hotword_weight) if isinstance(entry, str) else entry
+
+    @property
+    def weighted_hotwords(self) -> dict[str, float]:
+        """Phrases and their weights in nats; empty without hotwords."""
+        return dict(map(self._pair, self.hotwords))
 
     @property
     def hotword_list(self) -> tuple[str, ...]:
-        """The single words of all hotwords, each once."""
-        return tuple(dict.fromkeys(word for phrase in self.hotwords for word in phrase.split()))
+        """With hotword_form="words", the single words of all hotwords, each once."""
+        phrases = self.weighted_hotwords if self.hotword_form == "words" else {}
+        return tuple(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
+
+
+def _weighted(text: str, weight: float) -> tuple[str, float]:
+    require(isinstance(text, str), f"hotwords must be texts, got {text!r}.")
+    require(
+        _is_number(weight) and math.isfinite(weight),
+        f"the weight of {text!r} among the hotwords must be finite (nats for saying it), got {weight!r}.",
+    )
+    return text, float(weight)
 
 
 def _is_number(value: object) -> bool:

@@ -68,6 +68,10 @@ class PhraseAutomatonProtocol(Protocol):
         """float32 [rows]: minus what each row holds for a match in progress, and what it gains if its word ends."""
         ...
 
+    def held(self, states: npt.ArrayLike) -> Float32Array:
+        """float32 [rows]: what each row holds for a match in progress."""
+        ...
+
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         """int64 [rows], the states after a token each; -1 = none."""
         ...
@@ -83,7 +87,7 @@ class PhraseAutomaton:
     """
 
     def __init__(self, patterns: Patterns) -> None:
-        self._native = _native.PhraseAutomaton(
+        self.native = _native.PhraseAutomaton(
             tokens=patterns.tokens,
             credits=patterns.credits,
             offsets=patterns.offsets,
@@ -93,7 +97,7 @@ class PhraseAutomaton:
 
     @property
     def start_state(self) -> int:
-        return self._native.start_state
+        return self.native.start_state
 
     @property
     def shared_state(self) -> int:
@@ -101,14 +105,17 @@ class PhraseAutomaton:
 
     @property
     def num_states(self) -> int:
-        return self._native.num_states
+        return self.native.num_states
 
     def step(self, states: npt.ArrayLike, shared_first: bool = False) -> Entries:
-        return self._native.step(states=integer_array("states", states, (None,)), shared_first=shared_first)
+        return self.native.step(states=integer_array("states", states, (None,)), shared_first=shared_first)
 
     def refunds(self, states: npt.ArrayLike) -> Float32Array:
-        return self._native.refunds(states=integer_array("states", states, (None,)))
+        return self.native.refunds(states=integer_array("states", states, (None,)))
+
+    def held(self, states: npt.ArrayLike) -> Float32Array:
+        return self.native.held(states=integer_array("states", states, (None,)))
 
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         rows = integer_array("states", states, (None,))
-        return self._native.advance(states=rows, tokens=integer_array("tokens", tokens, rows.shape))
+        return self.native.advance(states=rows, tokens=integer_array("tokens", tokens, rows.shape))

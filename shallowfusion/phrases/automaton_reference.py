@@ -61,6 +61,10 @@ class ReferencePhraseAutomaton:
         matches = [self._match(state) for state in integer_array("states", states, (None,))]
         return np.array([self._closing(match) - self._held(match) for match in matches], dtype=np.float32)
 
+    def held(self, states: npt.ArrayLike) -> Float32Array:
+        matches = [self._match(state) for state in integer_array("states", states, (None,))]
+        return np.array([self._held(match) for match in matches], dtype=np.float32)
+
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         rows = integer_array("states", states, (None,))
         given = integer_array("tokens", tokens, rows.shape)

@@ -15,7 +15,7 @@ from shallowfusion.ngrams.arpa import is_arpa, read_arpa
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.ctc_head import CtcHead, load_ctc_head
 from shallowfusion.scorers.fingerprints import fingerprint
-from shallowfusion.scorers.ngram import NgramScorer
+from shallowfusion.scorers.ngram import Lookups, NgramScorer
 from shallowfusion.scorers.preparation import check_int8, loading_dtype, prepare
 from shallowfusion.scorers.whisper import WhisperScorer
 from shallowfusion.scorers.word_ngram import WordLanguage, is_of_words
@@ -141,7 +141,9 @@ def _prepared(scorer: ModelScorer, dtype: torch.dtype) -> ModelScorer:
     return scorer
 
 
-def load_language_model(name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+def load_language_model(
+    name: str, acoustic: Vocabulary, device: torch.device, dtype: torch.dtype, lookups: Lookups = "auto"
+) -> LanguageModel:
     """An n-gram model of acoustic pieces or of words if the name ends in .arpa or .arpa.gz, else a causal LM.
 
     An n-gram model is taken for one of words if none of its words holds a space; pieces of a text do.
@@ -154,7 +156,7 @@ def load_language_model(name: str, acoustic: Vocabulary, device: torch.device, d
         model = read_arpa(name)
         if is_of_words(model, acoustic):
             return WordLanguage(model, acoustic)
-        return NgramScorer(model, acoustic, device)
+        return NgramScorer(model, acoustic, device, lookups)
     return load_causal_lm(name, device, dtype)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shallowfusion.config import require
 from shallowfusion.errors import VocabularyError
 from shallowfusion.ngrams.model import NgramModel, NgramOrder
 from shallowfusion.ngrams.pieces import piece_bytes
@@ -18,10 +20,12 @@ from shallowfusion.ngrams.table import NgramTable
 from shallowfusion.scorers.base import Context, joined_logits
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["NgramScorer", "NgramState"]
+__all__ = ["Lookups", "NgramScorer", "NgramState"]
 
 logger = logging.getLogger(__name__)
 
+Lookups = Literal["auto", "rows", "candidates"]
+MOST_REMEMBERED = 10_000  # states
 MOST_STRANGERS = 0.1  # of a model's words may be no pieces before it is taken for a model of other units
 
 
@@ -51,12 +55,27 @@ class NgramScorer:
         model: of pieces.
         acoustic: the acoustic model's vocabulary.
         device: where the logits go.
+        lookups: what a search asks for: "rows": log-probs of every token, in the fused step; "candidates": of those
+            that survive it (see `NgramLookups`); "auto": of candidates where `device` is a GPU and the rule allows it.
 
     Raises:
+        InvalidArgumentError: other lookups.
         VocabularyError: more than a tenth of the model's words are no pieces of the acoustic model, or none is.
     """
 
-    def __init__(self, model: NgramModel, acoustic: Vocabulary, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: NgramModel,
+        acoustic: Vocabulary,
+        device: torch.device | str = "cpu",
+        lookups: Lookups = "auto",
+    ) -> None:
+        require(
+            lookups in ("auto", "rows", "candidates"),
+            f"ngram_lookups must be 'auto', 'rows' or 'candidates', got {lookups!r}.",
+        )
+        self.lookups = lookups
+        self._favourites: dict[int, float] = {}
         size = max((i + 1 for i, token in enumerate(acoustic.tokens) if token is not None or i == acoustic.end_id))
         self.vocabulary = Vocabulary(acoustic.tokens[:size], acoustic.end_id, None, model.name)
         self.device = torch.device(device)
@@ -75,11 +94,39 @@ class NgramScorer:
 
     def start(self, context: Context) -> NgramState:
         """Read the prompts; one row per utterance."""
-        states = np.full((len(context.prompts), 1), self.table.start_state, dtype=np.int64)
-        for row, prompt in enumerate(context.prompts):
+        states = self.start_states(context.prompts)
+        return NgramState(self._logits(states), states)
+
+    @property
+    def on_candidates(self) -> bool:
+        """Whether a search should look up candidates alone where it can."""
+        return self.lookups == "candidates" or (self.lookups == "auto" and self.device.type == "cuda")
+
+    def start_states(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+        """int64 [prompts, 1], the states after <s> and each prompt."""
+        states = np.full((len(prompts), 1), self.table.start_state, dtype=np.int64)
+        for row, prompt in enumerate(prompts):
             for token in prompt:
                 states[row] = self.table.score(states[row], self._word_of_token[[token]])[1]
-        return NgramState(self._logits(states), states)
+        return states
+
+    def look_up(
+        self, states: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Log-probs of a token after each state, and the states after them; all [rows]."""
+        return self.table.score(states, self._word_of_token[token_ids])
+
+    def favourites(self, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Log-prob of the likeliest token after each state, float32 [rows]; a state costs a row once."""
+        known = {state: self._favourites.get(state) for state in states.tolist()}
+        fresh = [state for state, value in known.items() if value is None]
+        if fresh:
+            best = self._log_probs(np.array(fresh, dtype=np.int64)).max(axis=1)
+            known.update(zip(fresh, best.tolist(), strict=True))
+            if len(self._favourites) >= MOST_REMEMBERED:
+                self._favourites.clear()
+            self._favourites.update({state: known[state] for state in fresh})
+        return np.array([known[state] for state in states.tolist()], dtype=np.float32)
 
     def fork(self, state: NgramState, parents: npt.NDArray[np.int64]) -> NgramState:
         """Row k of utterance u continues from its old row parents[u, k]; `logits` stay those of the old rows."""
@@ -112,10 +159,13 @@ class NgramScorer:
         return torch.log_softmax(state.logits, dim=1)[:, self.vocabulary.end_id]
 
     def _logits(self, states: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(self._log_probs(states)).to(self.device)
+
+    def _log_probs(self, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         log_probs = self.table.dense(states.reshape(-1))
         if len(self._copied):
             log_probs[:, self._copied] = log_probs[:, self._word_of_token[self._copied]]
-        return torch.from_numpy(log_probs[:, : len(self.vocabulary)]).to(self.device)
+        return log_probs[:, : len(self.vocabulary)]
 
 
 def _words_of_tokens(model: NgramModel, vocabulary: Vocabulary, acoustic_name: str) -> npt.NDArray[np.int64]:

@@ -118,6 +118,7 @@ CHOICES = st.fixed_dictionaries(
         "history_words": st.sampled_from([0, 1]),
         "hotwords": st.sampled_from([(), ("ab", "bbb")]),
         "hotword_weight": st.sampled_from([3.0]),
+        "hotword_form": st.sampled_from(["phrases", "words"]),
     }
 )
 KINDS = st.fixed_dictionaries(

@@ -127,7 +127,9 @@ def test_probability_of_the_handwriting_reference() -> None:
     log_probs[:, [label for label in range(80) if label not in allowed]] = -math.inf
     hotwords = ("the", "fake", "friend", "of", "family,", "like")
     alphabet = CtcAlphabet(HTR_LABELS, blank=79, delimiter=0)
-    search = CtcSearch(alphabet, CtcOptions(beam_size=20_000, hotwords=hotwords, hotword_weight=20.0))
+    search = CtcSearch(
+        alphabet, CtcOptions(beam_size=20_000, hotwords=hotwords, hotword_weight=20.0, hotword_form="words")
+    )
     found = {h.text: h.parts["asr"] for h in searched(search, log_probs[None], 20_000)[0].hypotheses}
     assert math.exp(found[text]) == pytest.approx(6.31472642886565e-13, rel=1e-3)
 
@@ -192,6 +194,7 @@ OPTION_CHOICES = st.fixed_dictionaries(
         "history_words": st.sampled_from([0, 1, 2]),
         "hotwords": st.sampled_from([(), ("ab",), ("b", "a éa")]),
         "hotword_weight": st.sampled_from([2.0, -1.0]),
+        "hotword_form": st.just("words"),
         "times": st.sampled_from(["best", "last"]),
     }
 )

@@ -127,7 +127,10 @@ BAD_OPTIONS = [
     ("beam_size", 0), ("beam_size", 2.5), ("beam_size", 10**7), ("merge", "sum"), ("lm_weight", math.nan),
     ("lm_weight", "1"), ("word_bonus", math.inf), ("length_bonus", None), ("top_labels", 0), ("beam_margin", -1),
     ("beam_margin", math.nan), ("blank_skip", 0), ("blank_skip", 1.5), ("token_min_log_prob", math.nan),
-    ("places", "rows"), ("history_words", -1), ("hotwords", "word"), ("hotwords", (3,)), ("hotword_weight", math.inf),
+    ("places", "rows"), ("history_words", -1), ("hotwords", 3), ("hotwords", (3,)), ("hotwords", ("a", " ")),
+    ("hotwords", {"a": math.nan}), ("hotwords", {"a": "4"}), ("hotwords", {3: 4.0}),
+    ("hotword_weight", math.inf), ("hotword_form", "texts"),
+    ("hotwords_inside_words", 1),
 ]  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def test_bad_options_are_refused(name: str, value: Any) -> None:
 
 
 def test_options_of_words_need_words(search_class: type) -> None:
-    for options in (CtcOptions(word_bonus=1.0), CtcOptions(hotwords=("ab",))):
+    for options in (CtcOptions(word_bonus=1.0), CtcOptions(hotwords=("ab",), hotword_form="words")):
         with pytest.raises(InvalidArgumentError, match="delimiter"):
             search_class(LETTERS, options)
 
@@ -286,6 +289,19 @@ ARRAYS = st.sampled_from(
 )  # fmt: skip
 
 
+def drawn_automaton(draw: Any) -> Any:
+    """An automaton over any bytes and boundaries, with classes of any bytes."""
+    lengths = draw(st.lists(st.integers(0, 4), max_size=3))
+    tokens = [draw(st.sampled_from([0, 32, 97, 98, 255, 2**31 - 1, -1])) for _ in range(sum(lengths))]
+    return _native.PhraseAutomaton(
+        tokens=np.array(tokens, np.int32),
+        credits=np.array([draw(st.floats(-1e300, 1e300)) for _ in tokens]),
+        offsets=np.cumsum([0, *lengths]),
+        phrases=np.arange(len(lengths)),
+        classes=np.array(draw(st.lists(st.integers(0, 255), max_size=100)), np.uint8),
+    )
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_the_binding_never_crashes(data: st.DataObject) -> None:
@@ -305,6 +321,8 @@ def test_the_binding_never_crashes(data: st.DataObject) -> None:
         language.weight = draw(st.floats())
         words = st.tuples(st.text(max_size=2), st.integers(-1, 3), st.booleans())
         language.set_hotwords(words=_native.CtcLexicon(words=draw(st.lists(words, max_size=3))))
+        if draw(st.booleans()):
+            language.set_phrases(phrases=drawn_automaton(draw))
         labels = [*draw(st.lists(label, min_size=4, max_size=6)), ("", True, False, 0)]
         search = _native.CtcSearch(labels=labels, rules=rules, language=language)
         state = search.begin(start_states=draw(st.lists(st.integers(-1, 1), max_size=2)))

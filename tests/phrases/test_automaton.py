@@ -68,6 +68,17 @@ def test_spellings_of_one_phrase_count_once(automaton_class: type) -> None:
     assert sum(bonuses(automaton, "ab")[0]) == 2
 
 
+def test_held_is_the_part_of_the_refund_that_a_match_in_progress_was_lent(automaton_class: type) -> None:
+    automaton = automaton_class(patterns({"abc": 1.0, "ab": 0.5}, letters))
+    states = [automaton.start_state]
+    for token in letters("abca")[0]:
+        states.append(int(automaton.advance([states[-1]], [token])[0]))
+    assert automaton.held(states).tolist() == [0, 1, 1, 0, 1]
+    assert automaton.refunds(states).tolist() == [0, -1, -1, 0, -1]
+    with pytest.raises(InvalidArgumentError, match="states"):
+        automaton.held([99])
+
+
 def test_weights_by_depth_and_negative_weights(automaton_class: type) -> None:
     deep = automaton_class(patterns({"abc": 1.5}, letters, depth_scaling=2.0, depth_bonus=True))
     np.testing.assert_allclose(bonuses(deep, "abc")[0], [1.5, 3.0 + math.log(3), 3.0 + math.log(4)], rtol=1e-6)
