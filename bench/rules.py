@@ -264,7 +264,7 @@ def medical_task(data: Path, work: Path) -> Task:
     named = {"right": right, "wrong": wrong} | _with_second(right, wrong, wrong, "both")
     named |= _with_second(right, wrong, source_decoder(right, data, work), "source")
     models = (str(model_directory("asr")), str(model_directory("lm_medical")))
-    gate = partial(learned_trial, work / "gate_medical", *models, clips["private"][:120], clips["private"][120:])
+    gate = partial(learned_trial, work / "gate_medical", *models, clips["private"][:120], clips["private"][120:160])
     return Task("medical", named, dev, test_set, TermList.of(sorted(listed)), tuple(medical_trials()), gate)
 
 
