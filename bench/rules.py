@@ -12,15 +12,15 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.rules_gate import learned_trial
+from bench.rules_gate import learned_trial, unguarded
 from bench.rules_trials import ALONE, Trial, medical_trials, short_trials
 from bench.timing import ROOT, machine
 from shallowfusion import DecodingOptions, FusionDecoder, fusion
@@ -46,15 +46,37 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Set:
-    """Encoded recordings with their references."""
+    """Recordings with their references; the decoder encodes them when their states are first asked for."""
 
-    states: Tensor
-    references: tuple[str, ...]
-    seconds: float
+    decoder: FusionDecoder
+    recordings: Sequence[tuple[Path, str]]
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return tuple(text for _, text in self.recordings)
+
+    @property
+    def states(self) -> Tensor:
+        return self._encoded[0]
+
+    @property
+    def seconds(self) -> float:
+        return self._encoded[1]
 
     def first(self, count: int) -> Set:
-        share = count / len(self.references)
-        return Set(self.states[:count], self.references[:count], self.seconds * share)
+        return Set(self.decoder, self.recordings[:count])
+
+    @cached_property
+    def _encoded(self) -> tuple[Tensor, float]:
+        settings = self.decoder.acoustic.features
+        states: list[Tensor] = []
+        seconds = 0.0
+        for first in range(0, len(self.recordings), BATCH):
+            paths = [path for path, _ in self.recordings[first : first + BATCH]]
+            samples = [read_audio(path, settings.sampling_rate) for path in paths]
+            seconds += sum(len(own) for own in samples) / settings.sampling_rate
+            states.append(self.decoder.acoustic.scorer.encode(log_mel(samples, settings)))
+        return torch.cat(states), seconds
 
 
 @dataclass(frozen=True)
@@ -62,9 +84,9 @@ class Task:
     """What is decoded.
 
     Args:
-        learned: trains a gate, for the right language model alone, which it knows by its fingerprint.
-        decoders: the acoustic model with a fitting ("right") and an unfitting ("wrong") language model, and with a
-            second one beside either ("right both", "wrong both").
+        learned: trains a gate for the right language model, which it knows by its fingerprint.
+        decoders: the acoustic model with a fitting ("right") and an unfitting ("wrong") language model, and beside
+            either with a second one ("right both", "wrong both") or a bigram of general text ("right source").
     """
 
     name: str
@@ -76,7 +98,7 @@ class Task:
     learned: Callable[[], Trial]
 
     def decoder(self, lm: str, trial: Trial) -> FusionDecoder:
-        return self.decoders[f"{lm} both" if trial.decoder == "both" else lm]
+        return self.decoders[lm if trial.decoder == "one" else f"{lm} {trial.decoder}"]
 
 
 class Progress:
@@ -103,6 +125,7 @@ class Progress:
 
 def run_trial(decoder: FusionDecoder, own: Set, trial: Trial) -> tuple[list[str], float]:
     """Transcripts, and seconds of processor time, which other work on the machine does not lengthen."""
+    states = own.states  # encoded before the clock starts
     start = time.process_time()
     is_list = trial.rerank is not None or trial.risk_scale is not None
     options = DecodingOptions(
@@ -111,10 +134,10 @@ def run_trial(decoder: FusionDecoder, own: Set, trial: Trial) -> tuple[list[str]
         rule=trial.rule,
         asr_temperature=trial.asr_temperature,
     )
-    known = LISTS.get((id(decoder), id(own), repr(options)))
+    known = LISTS.get((id(decoder), id(states), repr(options)))
     results = list(known or decoded(decoder, own, options))
     if is_list:  # ranked in several ways
-        LISTS[id(decoder), id(own), repr(options)] = results
+        LISTS[id(decoder), id(states), repr(options)] = results
     if trial.rerank is not None:
         results = [result.rerank(trial.rerank) for result in results]
     texts = [result.text if trial.risk_scale is None else least_risk(result, trial.risk_scale) for result in results]
@@ -135,10 +158,18 @@ def least_risk(result: Transcription, scale: float) -> str:
     return texts[minimum_bayes_risk(texts, [h.total for h in result.n_best], scale).position]
 
 
-def choose(task: Task, progress: Progress) -> dict[str, Trial]:
-    """For every system the trial with the fewest word errors on the development recordings, the first among equals."""
+def choose(task: Task, progress: Progress, systems: Collection[str] = ()) -> dict[str, Trial]:
+    """For every system the trial with the fewest word errors on the development recordings, the first among equals.
+
+    Args:
+        systems: empty = all; the trusted ones rest on "internal LM".
+    """
     best: dict[str, tuple[int, Trial]] = {}
+    trusts = not systems or any(name.startswith("trusted") for name in systems)
+    wanted = set(systems) | ({"internal LM"} if trusts else set())
     for trial in task.trials:
+        if systems and trial.system not in wanted:
+            continue
 
         def errors(trial: Trial = trial) -> dict[str, object]:
             texts, _ = run_trial(task.decoder("right", trial), task.dev, trial)
@@ -148,7 +179,7 @@ def choose(task: Task, progress: Progress) -> dict[str, Trial]:
         if trial.system not in best or found < best[trial.system][0]:
             best[trial.system] = (found, trial)
     chosen = {system: trial for system, (_, trial) in best.items()}
-    return chosen | with_trust(task, progress, chosen["internal LM"])
+    return chosen | (with_trust(task, progress, chosen["internal LM"]) if trusts else {})
 
 
 def with_trust(task: Task, progress: Progress, base: Trial) -> dict[str, Trial]:
@@ -187,7 +218,7 @@ def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress, is_ti
         def timed(trial: Trial = trial) -> dict[str, object]:
             few = own.first(min(BATCH, len(own.references)))
             LISTS.clear()
-            return {"rtfx": round(few.seconds / run_trial(task.decoder("right", trial), few, trial)[1], 1)}
+            return {"rtfx": round(few.seconds / run_trial(task.decoder(lm, trial), few, trial)[1], 1)}
 
         rows.append({
             "task": task.name, "lm": lm, "system": scores.name, "rule": str(trial.rerank or trial.rule),
@@ -208,19 +239,18 @@ def test(task: Task, lm: str, trials: Iterable[Trial], progress: Progress, is_ti
 
 
 def encoded(decoder: FusionDecoder, recordings: Sequence[tuple[Path, str]]) -> Set:
-    settings = decoder.acoustic.features
-    states, seconds = [], 0.0
-    for first in range(0, len(recordings), BATCH):
-        samples = [read_audio(path, settings.sampling_rate) for path, _ in recordings[first : first + BATCH]]
-        seconds += sum(len(own) for own in samples) / settings.sampling_rate
-        states.append(decoder.acoustic.scorer.encode(log_mel(samples, settings)))
-    return Set(torch.cat(states), tuple(text for _, text in recordings), seconds)
+    """Recordings that are encoded now."""
+    own = Set(decoder, recordings)
+    assert len(own.states) == len(recordings)
+    return own
 
 
 def medical_task(data: Path, work: Path) -> Task:
     """The demo models on 120 development and 320 test clips of unseen medical sentences, spoken by espeak-ng.
 
-    The wrong language model has read two novels; where a rule takes a second one, it is that one again.
+    The wrong language model has read two novels; where a rule takes a second one, it is that one again. The
+    acoustic model has heard the text of the novels too, so that this one is also the source that the density ratio
+    takes out, and a bigram of the same text that of LODR.
     """
     from shallowfusion.demo.shipped import decoders, model_directory, read_manifest, terms
     from shallowfusion.demo.train import write_evaluation_clips
@@ -229,11 +259,12 @@ def medical_task(data: Path, work: Path) -> Task:
     loaded = decoders("cpu", "float32")
     clips = {part: [(clip.path, clip.text) for clip in read_manifest(work / part)] for part in ("private", "test")}
     right, wrong = loaded["medical"], loaded["general"]
-    dev, test_set = encoded(right, clips["private"][:120]), encoded(right, clips["test"])
+    dev, test_set = Set(right, clips["private"][:120]), Set(right, clips["test"])
     listed = {term for term in terms() if any(f" {term} " in f" {text} " for text in test_set.references)}
-    named = {"right": right, "wrong": wrong} | _with_second(right, wrong, wrong)
+    named = {"right": right, "wrong": wrong} | _with_second(right, wrong, wrong, "both")
+    named |= _with_second(right, wrong, source_decoder(right, data, work), "source")
     models = (str(model_directory("asr")), str(model_directory("lm_medical")))
-    gate = partial(learned_trial, work / "gate_medical", *models, clips["private"][120:], clips["private"][:120])
+    gate = partial(learned_trial, work / "gate_medical", *models, clips["private"][:120], clips["private"][120:160])
     return Task("medical", named, dev, test_set, TermList.of(sorted(listed)), tuple(medical_trials()), gate)
 
 
@@ -251,18 +282,37 @@ def an4_task(data: Path, work: Path) -> Task:
     wrong = FusionDecoder(right.acoustic, FusionDecoder.from_pretrained(asr, [medical], device="cpu").language_models)
     second = FusionDecoder(right.acoustic, FusionDecoder.from_pretrained(asr, [general], device="cpu").language_models)
     parts = {part: [(path, text.lower()) for path, text in an4_recordings(data, part)] for part in ("dev", "test")}
-    named = {"right": right, "wrong": wrong} | _with_second(right, wrong, second)
+    named = {"right": right, "wrong": wrong} | _with_second(right, wrong, second, "both")
     halves = parts["dev"][0::2], parts["dev"][1::2]
     gate = partial(learned_trial, work / "gate_an4", asr, str(an4_lm(data, work)), *halves)
-    sets = (encoded(right, parts["dev"]), encoded(right, parts["test"]))
+    sets = (Set(right, parts["dev"]), Set(right, parts["test"]))
     return Task("an4", named, *sets, None, tuple(short_trials()), gate)
 
 
-def _with_second(right: FusionDecoder, wrong: FusionDecoder, second: FusionDecoder) -> dict[str, FusionDecoder]:
+def _with_second(
+    right: FusionDecoder, wrong: FusionDecoder, second: FusionDecoder, role: str
+) -> dict[str, FusionDecoder]:
     return {
-        f"{name} both": FusionDecoder(right.acoustic, [*own.language_models, *second.language_models])
+        f"{name} {role}": FusionDecoder(right.acoustic, [*own.language_models, *second.language_models])
         for name, own in (("right", right), ("wrong", wrong))
     }
+
+
+def source_decoder(right: FusionDecoder, data: Path, work: Path) -> FusionDecoder:
+    """The acoustic model with a bigram of its tokens of the general text."""
+    from shallowfusion.demo.corpus import GENERAL_SOURCES, read_sentences
+    from shallowfusion.demo.shipped import model_directory
+    from shallowfusion.ngrams.arpa import write_arpa
+    from shallowfusion.ngrams.estimate import EstimateSettings, estimate
+    from shallowfusion.ngrams.units import tokens
+
+    path, asr = work / "general_bigram.arpa", str(model_directory("asr"))
+    if not path.exists():
+        units = tokens(asr)
+        texts = [sentence.text for sentence in read_sentences(data, GENERAL_SOURCES, speakable=False)]
+        write_arpa(estimate(units.split(texts), EstimateSettings(2), units.vocabulary).model, path)
+    loaded = FusionDecoder.from_pretrained(asr, [str(path)], device="cpu")
+    return FusionDecoder(right.acoustic, loaded.language_models)
 
 
 def an4_lm(data: Path, work: Path, orders: Sequence[int] = (4, 6, 8, 10, 12)) -> Path:
@@ -304,11 +354,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     task = {"medical": medical_task, "an4": an4_task}[chosen.task](chosen.data, chosen.work)
     progress = Progress(chosen.work / f"rules_{task.name}.jsonl")
-    trials = choose(task, progress)
+    trials = choose(task, progress, chosen.systems or ())
+    learned = [task.learned()] if "learned gate" in (chosen.systems or ["learned gate"]) else []
     for lm in chosen.lm:
-        learned = [task.learned()] if lm == "right" and "learned gate" in (chosen.systems or ["learned gate"]) else []
-        wanted = [own for own in (*trials.values(), *learned) if own.system in (chosen.systems or [own.system])]
-        save(test(task, lm, wanted, progress, not chosen.no_time))
+        gates = learned if lm == "right" else [unguarded(own, task.decoders[lm]) for own in learned]
+        wanted = [own for own in (*trials.values(), *gates) if own.system in (chosen.systems or [own.system])]
+        rows = test(task, lm, wanted, progress, not chosen.no_time)
+        save([row | {"rule": str(row["rule"]).replace(str(chosen.work), "DIRECTORY")} for row in rows])
     return 0
 
 

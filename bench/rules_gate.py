@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.rules_trials import Trial
-from shallowfusion import fusion
+from shallowfusion import FusionDecoder, fusion
+from shallowfusion.fusion.learned_gate import LearnedGate
 
-__all__ = ["learned_trial"]
+__all__ = ["learned_trial", "unguarded"]
 
 Recordings = Sequence[tuple[Path, str]]
 
@@ -35,6 +37,13 @@ def learned_trial(work: Path, asr: str, lm: str, train: Recordings, dev: Recordi
     figures = json.loads((work / "figures.json").read_text(encoding="utf-8"))
     print(f"learned gate of {work}: dev errors {figures['dev_errors']}", flush=True)
     return Trial("learned gate", fusion.learned(work))
+
+
+def unguarded(trial: Trial, decoder: FusionDecoder) -> Trial:
+    """The trial with a gate that takes the decoder's models for those it was trained for, which it would refuse."""
+    gate = trial.rule.gate
+    assert isinstance(gate, LearnedGate)
+    return replace(trial, rule=replace(trial.rule, gate=replace(gate, fingerprints=decoder.fingerprints)))
 
 
 def _manifest(path: Path, recordings: Recordings) -> Path:

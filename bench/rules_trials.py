@@ -18,7 +18,7 @@ class Trial:
     """One system with one choice of its parameters.
 
     Args:
-        decoder: "one" language model, or "both".
+        decoder: "one" language model, "both", or one and the "source" that is subtracted.
         rerank: of a list decoded with `rule`.
         risk_scale: minimum Bayes risk instead of the best total.
     """
@@ -55,7 +55,10 @@ def medical_trials() -> list[Trial]:
     gates = product((0.1, 0.3), (0.7, 0.9, 1.1))
     found += [Trial("evidence gate", fusion.evidence_gate(0.8, 0.2, s, m)) for s, m in gates]
     found += _two(product((0.6, 0.8), (0.05, 0.1, 0.2)), ())
-    return found + _lists((0.2, 0.4, 0.6, 0.8), 0.8)
+    found += _lists((0.2, 0.4, 0.6, 0.8), 0.8)
+    over = list(product((0.8, 1.0), (0.1, 0.2, 0.3)))
+    found += [Trial("density ratio", fusion.density_ratio(w, s), decoder="both") for w, s in over]
+    return found + [Trial("LODR", fusion.lodr(w, s), decoder="source") for w, s in over]
 
 
 def short_trials() -> list[Trial]:
