@@ -59,7 +59,10 @@ def vocabulary_of(tokenizer: Any, size: int, end_id: int, begin_id: int | None =
 
 @lru_cache(maxsize=64)
 def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> Tensor | None:
-    """The language model's id of each acoustic token, once every text token is proved to have one.
+    """The language model's id of each acoustic token, once both are proved to cut text into the same tokens.
+
+    Every text token of either must be one of the other: a language model with longer tokens beside the acoustic ones
+    (byte pairs beside letters) never reads text that is cut into the short ones, and would say nonsense of it.
 
     Remembered: every search asks, and 50,000 tokens take a tenth of a second. The answer is not to be written to.
 
@@ -70,7 +73,7 @@ def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> 
         int32 [acoustic size], -1 for tokens without counterpart; None if ids agree wherever both models have them.
 
     Raises:
-        VocabularyError: a text token of the acoustic model is missing from the language model.
+        VocabularyError: a text token of one model is missing from the other.
     """
     by_bytes: dict[bytes, int] = {}
     for i, token in enumerate(language.tokens):
@@ -84,6 +87,14 @@ def token_map(acoustic: Vocabulary, language: Vocabulary, include_end: bool) -> 
     moved = [i for i, target in enumerate(ids) if target >= 0 and target != i]
     if missing:
         raise VocabularyError(_difference(acoustic, language, missing, moved))
+    known = {token for token in acoustic.tokens if token is not None}
+    foreign = [i for i, token in enumerate(language.tokens) if token is not None and token not in known]
+    if foreign:
+        raise VocabularyError(
+            f"the language model ({language.name}) has {len(foreign)} text tokens that the acoustic model "
+            f"({acoustic.name}) has not, the first is id {foreign[0]}, {language.tokens[foreign[0]]!r}; it cuts text "
+            f"otherwise and cannot score the acoustic tokens. {_CURE}"
+        )
     if include_end:
         ids[acoustic.end_id] = language.end_id
     shared = min(len(acoustic), len(language))
@@ -127,6 +138,12 @@ def _classes(vocabulary: Vocabulary) -> dict[str, Tensor]:
     return found
 
 
+_CURE = (
+    "Wanted equal tokenizers: English-only Whisper (*.en) goes with GPT-2; other pairs need fusion.delayed(weight), "
+    'which re-tokenises the text, lm_bridge="bytes", or a language model trained on the acoustic model\'s tokenizer.'
+)
+
+
 def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[int], moved: Sequence[int]) -> str:
     first = (sorted([*missing, *moved]) or [0])[0]
     theirs = language.tokens[first] if first < len(language) else None
@@ -134,9 +151,7 @@ def _difference(acoustic: Vocabulary, language: Vocabulary, missing: Sequence[in
         f"the acoustic model's tokens ({acoustic.name}) are not those of the language model ({language.name}): "
         f"{len(missing)} of {sum(t is not None for t in acoustic.tokens)} text tokens have no counterpart and "
         f"{len(moved)} have another id; first difference: id {first} is {acoustic.tokens[first]!r} against {theirs!r}. "
-        "Wanted equal tokenizers: English-only Whisper (*.en) goes with GPT-2; "
-        'other pairs need fusion.delayed(weight), which re-tokenises the text, lm_bridge="bytes", or a language model '
-        "trained on the acoustic model's tokenizer."
+        f"{_CURE}"
     )
 
 

@@ -84,7 +84,7 @@ def test_permuted_tokens_are_mapped_and_ends_on_demand() -> None:
 
 def test_a_special_token_with_the_id_of_a_word_is_not_mapped_to_it() -> None:
     acoustic = Vocabulary((b"a", b"b", None, None), end_id=2)
-    language = Vocabulary((b"a", b"b", None, b"c"), end_id=2)
+    language = Vocabulary((b"a", b"b", None, b"b"), end_id=2)
     mapped = token_map(acoustic, language, include_end=True)
     assert torch.equal(mapped, torch.tensor([0, 1, 2, -1], dtype=torch.int32))
 
@@ -103,6 +103,14 @@ def test_factors_of_token_classes_multiply() -> None:
     factors = {"end": 2.0, "timestamps": 3.0, "digits": 5.0, "word_initial": 7.0}
     assert class_factors(vocabulary, factors).tolist() == [1, 7, 5, 35, 1, 1, 2, 3]
     assert class_factors(vocabulary, {}).tolist() == [1] * 8
+
+
+def test_a_language_model_with_longer_tokens_beside_the_acoustic_ones_is_refused() -> None:
+    """It reads text cut into its long tokens; letter by letter it says nonsense, though every letter has an id."""
+    letters = Vocabulary((b"a", b"b", None), 2, name="letters")
+    pairs = Vocabulary((b"a", b"b", b"ab", None), 3, 3, name="pairs")
+    with pytest.raises(VocabularyError, match=r"pairs\) has 1 text tokens that the acoustic model \(letters\) has not"):
+        token_map(letters, pairs, include_end=False)
 
 
 def test_a_map_is_made_once_for_equal_vocabularies() -> None:
