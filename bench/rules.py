@@ -341,18 +341,29 @@ def an4_lm(data: Path, work: Path, orders: Sequence[int] = (4, 6, 8, 10, 12)) ->
     return path
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Choose, test and append to bench/results/rules.csv."""
-    parser = argparse.ArgumentParser(description="Compare the fusion rules on the demo models.")
+def task_parser(description: str) -> argparse.ArgumentParser:
+    """What every comparison of the rules asks for; `task_of` reads it."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="clips, which need espeak-ng, and what was decoded")
     parser.add_argument("--task", choices=("medical", "an4"), default="medical")
+    return parser
+
+
+def task_of(chosen: argparse.Namespace) -> Task:
+    """The task asked for, to be decoded on one thread."""
+    torch.set_num_threads(1)
+    return {"medical": medical_task, "an4": an4_task}[chosen.task](chosen.data, chosen.work)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Choose, test and append to bench/results/rules.csv."""
+    parser = task_parser("Compare the fusion rules on the demo models.")
     parser.add_argument("--lm", choices=("right", "wrong"), nargs="+", default=["right", "wrong"])
     parser.add_argument("--no-time", action="store_true", help="no decoding for speed, which other work would spoil")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="test these alone")
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    task = {"medical": medical_task, "an4": an4_task}[chosen.task](chosen.data, chosen.work)
+    task = task_of(chosen)
     progress = Progress(chosen.work / f"rules_{task.name}.jsonl")
     trials = choose(task, progress, chosen.systems or ())
     learned = [task.learned()] if "learned gate" in (chosen.systems or ["learned gate"]) else []

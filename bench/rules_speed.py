@@ -7,16 +7,13 @@ same directory; systems for which it has not chosen yet are left out. Every turn
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-import torch
-
-from bench.rules import LISTS, Progress, Set, Task, an4_task, choose, medical_task, run_trial
+from bench.rules import LISTS, Progress, Set, Task, choose, run_trial, task_of, task_parser
 from bench.rules_trials import ALONE, Trial
 from bench.timing import ROOT, machine
 
@@ -52,15 +49,11 @@ def take_turns(task: Task, own: Set, trials: Sequence[Trial], turns: int, kept: 
 
 def main(arguments: list[str] | None = None) -> int:
     """Time and append to bench/results/rules_speed.csv."""
-    parser = argparse.ArgumentParser(description="Time the fusion rules on the demo models.")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="that of bench.rules")
-    parser.add_argument("--task", choices=("medical", "an4"), default="medical")
+    parser = task_parser("Time the fusion rules on the demo models, in the work directory of bench.rules.")
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--turns", type=int, default=3)
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    task = {"medical": medical_task, "an4": an4_task}[chosen.task](chosen.data, chosen.work)
+    task = task_of(chosen)
     trials = timed_trials(task, Progress(chosen.work / f"rules_{task.name}.jsonl"), chosen.work)
     own = task.test.first(chosen.clips)
     seconds = take_turns(task, own, trials, chosen.turns, Progress(chosen.work / f"speed_{task.name}.jsonl"))

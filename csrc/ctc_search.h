@@ -106,6 +106,8 @@ class CtcUtterance {
     int64_t order;
     int32_t entry;
     uint8_t which;  // 1: blank, 2: label, 3: both
+
+    bool is_before(const Candidate& other) const { return rank != other.rank ? rank > other.rank : order < other.order; }
   };
 
   struct Prob {

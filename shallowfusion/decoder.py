@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ class FusionDecoder:
         models = [load_language_model(str(name), vocabulary, where, number, ngram_lookups) for name in names]
         context = None if internal_context is None else read_internal_context(internal_context)
         return cls(acoustic, models, context, lm_bridge)
+
+    @cached_property
+    def _alone(self) -> FusionDecoder:
+        """The acoustic model without language models, for those a trusted rule gives up."""
+        return FusionDecoder(self.acoustic)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -316,7 +322,7 @@ class FusionDecoder:
         lost = given_up([listed[0] for listed, _, _ in results], rule, names, evidence or Evidence())
         if lost:
             lengths = None if seconds is None else [seconds[i] for i in lost]
-            alone = FusionDecoder(self.acoustic)._search(encoder_output[lost], alone_options(options), clock, lengths)
+            alone = self._alone._search(encoder_output[lost], alone_options(options), clock, lengths)
             for i, (listed, language, plain) in zip(lost, alone, strict=True):
                 results[i] = (flagged(listed), language, plain)
         return results

@@ -32,7 +32,7 @@ from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.lookups import with_ngram_lookups
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
-from shallowfusion.text.vocabulary import Vocabulary, class_factors, text_map, token_map
+from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Unmapped
 
 __all__ = ["SearchPlanner"]
@@ -115,10 +115,6 @@ class SearchPlanner:
         found: T = self._made[key]
         return found
 
-    def _token_map(self, vocabulary: Vocabulary, include_end: bool) -> Tensor | None:
-        own = self.acoustic.scorer.vocabulary
-        return self._once((id(vocabulary), include_end), lambda: token_map(own, vocabulary, include_end))
-
     def check(self, rule: Rule) -> None:
         """Refuse language models that the rule cannot use.
 
@@ -130,7 +126,7 @@ class SearchPlanner:
             "a delayed rule re-tokenises the text itself, so it goes without lm_bridge; leave one of the two out.",
         )
         for model in self._bridges.shared[0 if rule.delay is None else 1 :]:
-            self._token_map(model.vocabulary, include_end=True)
+            token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=True)
 
     def _models_under(self, rule: Rule) -> Sequence[Any]:
         """What the fused step hears beside the acoustic model."""
@@ -229,7 +225,7 @@ class SearchPlanner:
         if not options.lm_prompt or not options.lm_prompt.strip():
             return []
         ids = self.acoustic.tokenizer.encode(" " + options.lm_prompt.strip(), add_special_tokens=False)
-        mapping = self._token_map(model.vocabulary, include_end=False)
+        mapping = token_map(self.acoustic.scorer.vocabulary, model.vocabulary, include_end=False)
         return [int(i) if mapping is None else int(mapping[i]) for i in ids]
 
     def _internal_lm(self, variant: IlmVariant) -> Scorer:
@@ -269,7 +265,7 @@ class SearchPlanner:
         acoustic, tokens = self.acoustic.scorer, self.acoustic.tokens
         include_end = policy in ("lm", "end_factored")
         vocabularies = [model.vocabulary for model in self._models_under(rule)]
-        maps = [self._token_map(vocabulary, include_end) for vocabulary in vocabularies]
+        maps = [token_map(acoustic.vocabulary, vocabulary, include_end) for vocabulary in vocabularies]
         nothing = Unmapped("floor", 0.0)
         unmapped = [nothing if policy == "asr_only" else Unmapped("neutral")] * (1 + len(maps))
         heard = len(maps) + len(self._bridges.languages) + int(rule.subtracts_last)

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shallowfusion import _native
-from shallowfusion.checks import LARGEST_INTEGER, BeamShape, integer
+from shallowfusion.checks import BeamShape, integer
 from shallowfusion.config import BeamSettings, require
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.search.beam_state import FinishedHypothesis
+from shallowfusion.search.beam_state import FinishedHypothesis, NativeBeams, utterance_number
 
 __all__ = ["BeamMirror", "BeamMirrorProtocol", "MirrorShape"]
 
@@ -89,19 +89,14 @@ class BeamMirrorProtocol(Protocol):
         ...
 
 
-class BeamMirror:
+class BeamMirror(NativeBeams[_native.BeamMirror]):
     """The C++ mirror; see `BeamMirrorProtocol`. May be shared by threads; `replay` runs without the GIL."""
 
     def __init__(self, settings: BeamSettings, num_utterances: int, num_candidates: int, num_parts: int) -> None:
         shape = MirrorShape.check(settings, num_utterances, num_candidates, num_parts)
-        self._native = _native.BeamMirror(
-            beam_size=settings.beam_size,
-            end_ids=settings.end_ids,
-            max_new_tokens=settings.max_new_tokens,
-            stop_rule=settings.stop_rule,
-            length_penalty=settings.length_penalty,
-            early_stopping=settings.early_stopping,
-            patience=settings.patience,
+        super().__init__(
+            _native.BeamMirror,
+            settings,
             num_utterances=shape.num_utterances,
             num_candidates=shape.num_candidates,
             num_parts=shape.num_parts,
@@ -114,22 +109,11 @@ class BeamMirror:
     def replay(self, entry: npt.NDArray[np.int32]) -> None:
         self._native.replay(entry=checked_entry(entry))
 
-    def force_finish(self, utterance: int) -> None:
-        self._native.force_finish(utterance=_utterance(utterance))
-
-    def results(self, utterance: int, n_best: int) -> list[FinishedHypothesis]:
-        count = integer("n_best", n_best, 1, LARGEST_INTEGER)
-        records = self._native.results(utterance=_utterance(utterance), n_best=count)
-        return [FinishedHypothesis(**record) for record in records]
-
-    def is_done(self, utterance: int) -> bool:
-        return self._native.is_done(utterance=_utterance(utterance))
-
     def saw_nan(self, utterance: int) -> bool:
-        return self._native.saw_nan(utterance=_utterance(utterance))
+        return self._native.saw_nan(utterance=utterance_number(utterance))
 
     def hash(self, utterance: int) -> int:
-        return self._native.hash(utterance=_utterance(utterance))
+        return self._native.hash(utterance=utterance_number(utterance))
 
 
 def checked_entry(entry: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -142,7 +126,3 @@ def checked_entry(entry: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         got = f"{entry.dtype} {list(entry.shape)}" if isinstance(entry, np.ndarray) else type(entry).__name__
         raise InvalidArgumentError(f"a ring entry must be an int32 array [utterances, words], got {got}.")
     return np.ascontiguousarray(entry)
-
-
-def _utterance(utterance: int) -> int:
-    return integer("utterance", utterance, 0, LARGEST_INTEGER)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,14 @@ from shallowfusion import _native
 from shallowfusion.checks import LARGEST_INTEGER, BeamShape, StepArrays, integer
 from shallowfusion.config import BeamSettings
 
-__all__ = ["BeamState", "BeamStateProtocol", "BeamStep", "FinishedHypothesis"]
+__all__ = [
+    "BeamState",
+    "BeamStateProtocol",
+    "BeamStep",
+    "FinishedHypothesis",
+    "NativeBeams",
+    "utterance_number",
+]
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,42 @@ class BeamStateProtocol(Protocol):
         ...
 
 
-class BeamState:
+Native = TypeVar("Native", _native.BeamState, _native.BeamMirror)
+
+
+class NativeBeams(Generic[Native]):
+    """What the faces of the C++ beam state and of its mirror share.
+
+    Args:
+        native: makes the C++ object.
+        sizes: its arguments beside the settings.
+    """
+
+    def __init__(self, native: Callable[..., Native], settings: BeamSettings, **sizes: Any) -> None:
+        self._native: Native = native(
+            beam_size=settings.beam_size,
+            end_ids=settings.end_ids,
+            max_new_tokens=settings.max_new_tokens,
+            stop_rule=settings.stop_rule,
+            length_penalty=settings.length_penalty,
+            early_stopping=settings.early_stopping,
+            patience=settings.patience,
+            **sizes,
+        )
+
+    def force_finish(self, utterance: int) -> None:
+        self._native.force_finish(utterance=utterance_number(utterance))
+
+    def results(self, utterance: int, n_best: int) -> list[FinishedHypothesis]:
+        count = integer("n_best", n_best, 1, LARGEST_INTEGER)
+        records = self._native.results(utterance=utterance_number(utterance), n_best=count)
+        return [FinishedHypothesis(**record) for record in records]
+
+    def is_done(self, utterance: int) -> bool:
+        return self._native.is_done(utterance=utterance_number(utterance))
+
+
+class BeamState(NativeBeams[_native.BeamState]):
     """The C++ beam state; see `BeamStateProtocol`.
 
     May be shared by threads: `advance` runs without the GIL, calls on one state wait for each other.
@@ -171,14 +214,9 @@ class BeamState:
     def __init__(self, settings: BeamSettings, num_utterances: int, num_parts: int) -> None:
         shape = BeamShape.check(settings, num_utterances, num_parts)
         self._num_parts = shape.num_parts
-        self._native = _native.BeamState(
-            beam_size=settings.beam_size,
-            end_ids=settings.end_ids,
-            max_new_tokens=settings.max_new_tokens,
-            stop_rule=settings.stop_rule,
-            length_penalty=settings.length_penalty,
-            early_stopping=settings.early_stopping,
-            patience=settings.patience,
+        super().__init__(
+            _native.BeamState,
+            settings,
             recombination=settings.recombination,
             num_utterances=shape.num_utterances,
             num_parts=shape.num_parts,
@@ -208,26 +246,15 @@ class BeamState:
             )
         )
 
-    def force_finish(self, utterance: int) -> None:
-        self._native.force_finish(utterance=_utterance(utterance))
-
-    def results(self, utterance: int, n_best: int) -> list[FinishedHypothesis]:
-        count = integer("n_best", n_best, 1, LARGEST_INTEGER)
-        records = self._native.results(utterance=_utterance(utterance), n_best=count)
-        return [FinishedHypothesis(**record) for record in records]
-
-    def is_done(self, utterance: int) -> bool:
-        return self._native.is_done(utterance=_utterance(utterance))
-
     def num_live(self, utterance: int) -> int:
-        return self._native.num_live(utterance=_utterance(utterance))
+        return self._native.num_live(utterance=utterance_number(utterance))
 
     def num_finished(self, utterance: int) -> int:
-        return self._native.num_finished(utterance=_utterance(utterance))
+        return self._native.num_finished(utterance=utterance_number(utterance))
 
     def release(self, utterance: int) -> None:
-        self._native.release(utterance=_utterance(utterance))
+        self._native.release(utterance=utterance_number(utterance))
 
 
-def _utterance(utterance: int) -> int:
+def utterance_number(utterance: int) -> int:
     return integer("utterance", utterance, 0, LARGEST_INTEGER)
