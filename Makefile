@@ -44,7 +44,7 @@ check: test
 SANITIZED := build/sanitized
 NATIVE_TESTS := tests/search/test_beam_state.py tests/search/test_beam_state_border.py \
 	tests/search/test_beam_state_properties.py tests/scorers/test_page_pool.py tests/fusion/test_native_binding.py \
-	tests/fusion/test_native_step.py tests/ctc/test_search_border.py tests/ctc/test_prefix_scores.py \
+	tests/fusion/test_native_step.py tests/ctc/test_search_border.py tests/ctc/test_search_fuzz.py tests/ctc/test_prefix_scores.py \
 	tests/ctc/test_lexicon.py tests/ngrams/test_table.py tests/ngrams/test_arpa.py tests/phrases/test_automaton.py \
 	tests/scorers/test_token_ranges.py
 
