@@ -31,7 +31,7 @@ setup(
             depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
             extra_compile_args=[OPTIMISED, "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
         )
     ],
     cmdclass={"build_ext": build_ext},

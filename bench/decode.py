@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import Tensor
 from bench.timing import Measurement, measurements, take_turns
 
 __all__ = [
-    "SHAPES", "WEIGHT", "Pair", "Shape", "encoder_output", "generate", "make_int8_pair", "make_pair", "ours", "run",
+    "SHAPES", "WEIGHT", "Pair", "Shape", "encoder_output", "generate", "make_pair", "ours", "run",
 ]  # fmt: skip
 
 WEIGHT = 0.3
@@ -43,24 +44,26 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Our decoder with and without the LM, over models that generate shares."""
+    """Our decoder with and without the LM, the models it runs, and what generate and other peers run."""
 
     fused: object
     alone: object
+    own_whisper: torch.nn.Module
+    own_lm: torch.nn.Module
     whisper: torch.nn.Module
     lm: torch.nn.Module
 
 
-def make_pair(shape: Shape, device: str = "cpu") -> Pair:
-    """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached."""
+def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, prepared: bool = True) -> Pair:
+    """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached.
+
+    Args:
+        dtype: of our models on the CPU; peers have float32 ones of the same weights. Elsewhere all share one pair.
+        prepared: ours are as `from_pretrained` makes them ready; False = as they are.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel, WhisperConfig, WhisperForConditionalGeneration
 
-    from shallowfusion.decoder import FusionDecoder
-    from shallowfusion.features.log_mel import FeatureSettings
-    from shallowfusion.scorers.causal_lm import CausalLMScorer
-    from shallowfusion.scorers.loading import AcousticModel, whisper_tokens
-    from shallowfusion.scorers.whisper import WhisperScorer
-    from shallowfusion.text.vocabulary import Vocabulary
+    from shallowfusion.scorers.preparation import prepare
 
     torch.manual_seed(0)
     config = WhisperConfig(
@@ -76,6 +79,23 @@ def make_pair(shape: Shape, device: str = "cpu") -> Pair:
     for norm in (whisper.model.decoder.layer_norm, lm.transformer.ln_f):
         torch.nn.init.constant_(norm.weight, 6.0)
     whisper, lm = whisper.to(device), lm.to(device)
+    own = (whisper, lm)
+    if device == "cpu" and prepared:
+        own = (copy.deepcopy(whisper), copy.deepcopy(lm))
+        for model in own:
+            prepare(model, dtype)
+    return Pair(*decoders(*own), *own, whisper, lm)
+
+
+def decoders(whisper: torch.nn.Module, lm: torch.nn.Module) -> tuple[object, object]:
+    """Ours over given models, with the LM and without."""
+    from shallowfusion.decoder import FusionDecoder
+    from shallowfusion.features.log_mel import FeatureSettings
+    from shallowfusion.scorers.causal_lm import CausalLMScorer
+    from shallowfusion.scorers.loading import AcousticModel, whisper_tokens
+    from shallowfusion.scorers.whisper import WhisperScorer
+    from shallowfusion.text.vocabulary import Vocabulary
+
     pieces = [str(i).encode() for i in range(TEXT_TOKENS)]
     acoustic = AcousticModel(
         "whisper",
@@ -85,17 +105,7 @@ def make_pair(shape: Shape, device: str = "cpu") -> Pair:
         whisper_tokens(whisper),
     )
     scorer = CausalLMScorer(lm, Vocabulary((*pieces, None), END, END, "gpt2"))
-    return Pair(FusionDecoder(acoustic, [scorer]), FusionDecoder(acoustic), whisper, lm)
-
-
-def make_int8_pair(name: str) -> Pair:
-    """The same models with int8 weights."""
-    from shallowfusion.scorers.preparation import prepare
-
-    pair = make_pair(SHAPES[name])
-    for model in (pair.whisper, pair.lm):
-        prepare(model, torch.int8)
-    return pair
+    return FusionDecoder(acoustic, [scorer]), FusionDecoder(acoustic)
 
 
 class NumberTokenizer:

@@ -23,6 +23,8 @@ def table(rows: Sequence[Measurement]) -> str:
             parts.append(f"{row.gigabytes_per_second:7.1f} GB/s")
         if not math.isnan(row.peak_memory_mb):
             parts.append(f"{row.peak_memory_mb:8.0f} MB")
+        if row.note:
+            parts.append(f" {row.note}")
         lines.append(" ".join(parts))
     return "\n".join(lines)
 

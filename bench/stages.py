@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.decode import SHAPES, WEIGHT, Pair, encoder_output, make_int8_pair, make_pair
+from bench.decode import SHAPES, WEIGHT, Pair, encoder_output, make_pair
 from bench.timing import Measurement
 
 __all__ = ["run"]
@@ -29,7 +29,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     name = "tiny" if quick else "whisper-small.en+gpt2"
     pairs = {"float32" if device == "cpu" else "float16": make_pair(SHAPES[name], device)}
     if device == "cpu":
-        pairs["int8"] = make_int8_pair(name)
+        pairs["int8"] = make_pair(SHAPES[name], device, torch.int8)
     else:
         for model in (pairs["float16"].whisper, pairs["float16"].lm):
             model.half()
@@ -54,7 +54,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def stage_rows(pair: Pair, name: str, utterances: int, dtype: str, bandwidth: float) -> list[Measurement]:
-    states = encoder_output(SHAPES[name], utterances).to(next(pair.whisper.parameters()).device)
+    states = encoder_output(SHAPES[name], utterances).to(next(pair.own_whisper.parameters()).device)
     spent: dict[int, dict[str, list[float]]] = {SHORT: defaultdict(list), LONG: defaultdict(list)}
     for turn in range(TURNS + 1):
         for tokens, own in spent.items():
@@ -62,7 +62,7 @@ def stage_rows(pair: Pair, name: str, utterances: int, dtype: str, bandwidth: fl
                 if turn:
                     own[stage].append(seconds)
     shape = f"{name} utterances={utterances} beams=5 threads={torch.get_num_threads()}"
-    read = {"asr": acoustic_bytes(pair.whisper, states), "lm": weight_bytes(pair.lm)}
+    read = {"asr": acoustic_bytes(pair.own_whisper, states), "lm": weight_bytes(pair.own_lm)}
     rows = []
     for stage in STAGES:
         steps = (np.array(spent[LONG][stage]) - np.array(spent[SHORT][stage])) / (LONG - SHORT)

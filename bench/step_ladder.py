@@ -79,7 +79,7 @@ def ladder(
     name: str, shape: Shape, utterances: int, beams: int, tokens: int, device: str, dtype: torch.dtype
 ) -> list[Measurement]:
     """Milliseconds per step of every rung, and the bytes of weights a step must read over that time."""
-    pair = make_pair(shape, device)
+    pair = make_pair(shape, device, prepared=False)
     for model in (pair.whisper, pair.lm):
         model.to(dtype)
     states = encoder_output(shape, utterances).to(device, dtype)

@@ -53,17 +53,6 @@ const T* data_of(const py::object& object, const char* array_name, const std::ve
   return static_cast<const T*>(array.data());
 }
 
-const Kernels& level_named(const std::optional<std::string>& level) {
-  const std::vector<const Kernels*> found = available_kernels();
-  if (!level.has_value()) return *found.back();
-  std::string names;
-  for (const Kernels* kernels : found) {
-    if (*level == kernels->name) return *kernels;
-    names += std::string(names.empty() ? "" : ", ") + kernels->name;
-  }
-  throw py::value_error("level must be one this machine runs (" + names + "), got '" + *level + "'.");
-}
-
 int threads_for(const std::optional<int>& threads, int64_t rows) {
   if (!threads.has_value()) return static_cast<int>(std::clamp<int64_t>(rows, 1, hardware_threads()));
   REQUIRE(*threads >= 1 && *threads <= kMaxThreads,
@@ -232,7 +221,7 @@ py::dict fused_step_bound(const std::vector<SourceTuple>& sources, const py::obj
                           const py::object& length_bonus, const std::string& combine, const std::string& normalize,
                           const std::optional<std::string>& level, const std::optional<int>& threads) {
   StepArguments arguments;
-  const Kernels& kernels = level_named(level);
+  const Kernels& kernels = kernels_named(level);
   arguments.rows = rows_of(totals);
   arguments.combine = static_cast<Combine>(code_of(combine, "combine", {"log_linear", "mixture"}));
   arguments.normalize = static_cast<Normalize>(code_of(normalize, "normalize", {"none", "local", "end_factored"}));
@@ -246,7 +235,7 @@ py::dict fused_step_bound(const std::vector<SourceTuple>& sources, const py::obj
 
 py::dict row_statistics_bound(const SourceTuple& source, int64_t rows, const std::optional<std::string>& level,
                               const std::optional<int>& threads) {
-  const Kernels& kernels = level_named(level);
+  const Kernels& kernels = kernels_named(level);
   REQUIRE(rows >= 0 && rows <= kMaxRows, "rows must be from 0 to 2^24, got " + text(rows) + ".");
   const SourceView view = checked_view(source, rows, "source");
   const int num_threads = threads_for(threads, rows);

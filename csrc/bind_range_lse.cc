@@ -26,15 +26,6 @@ void check(bool condition, const std::string& message) {
   if (!condition) throw py::value_error(message);
 }
 
-const Kernels& level_named(const std::optional<std::string>& level) {
-  const std::vector<const Kernels*> found = available_kernels();
-  if (!level.has_value()) return *found.back();
-  for (const Kernels* kernels : found) {
-    if (*level == kernels->name) return *kernels;
-  }
-  throw py::value_error("level must be one this machine runs, got '" + *level + "'.");
-}
-
 // (address, dtype code, rows, vocab, row stride), in this order: numpy knows no bfloat16.
 using Logits = std::tuple<uint64_t, int, int64_t, int64_t, int64_t>;
 
@@ -83,7 +74,7 @@ py::tuple run(const Logits& logits, double temperature, const std::optional<Arra
               const Array<int32_t>& row_offsets, const Array<int32_t>& first, const Array<int32_t>& last,
               const std::optional<Array<float>>& log_sums, const std::optional<std::string>& level, int threads) {
   RangeArguments arguments = checked_logits(logits, temperature);
-  const Kernels& kernels = level_named(level);
+  const Kernels& kernels = kernels_named(level);
   add_ranges(arguments, row_offsets, first, last);
   if (order.has_value()) {
     check(order->ndim() == 1 && order->shape(0) == arguments.vocab, "order must be [vocab].");

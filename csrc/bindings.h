@@ -17,6 +17,7 @@ void bind_ctc_prefix_scores(pybind11::module_& module);
 void bind_phrase_automaton(pybind11::module_& module);
 void bind_range_lse(pybind11::module_& module);
 void bind_row_rounding(pybind11::module_& module);
+void bind_frame_attention(pybind11::module_& module);
 void bind_lexicon_search(pybind11::module_& module);
 
 }  // namespace shallowfusion

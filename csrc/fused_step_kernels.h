@@ -1,10 +1,11 @@
-// The inner loops of the fused step, one table of functions per SIMD level.
+// The inner loops of the fused step and of attention over frames, one table of functions per SIMD level.
 //
-// Everything here is in log2 units relative to a reference: y = scale * x + offset, probability ~ 2^y.
+// Everything of the fused step is in log2 units relative to a reference: y = scale * x + offset, probability ~ 2^y.
 #pragma once
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -111,6 +112,15 @@ struct Kernels {
   // True when a NaN or +inf is among the logits.
   bool (*any_broken[3])(const void* logits, int64_t count);
   bool (*any_nonzero)(const float* values, int64_t count);
+  // scores[row * score_stride + frame] = query[row] . keys[frame], [rows, dim] float32 by [frames, dim]; whole groups of
+  // kMaxLanes frames are written. `ahead`: a block of as many frames that is read soon, or null.
+  void (*frame_scores[3])(const float* query, int64_t rows, int64_t dim, const void* keys, int64_t frame_stride,
+                          int64_t frames, const void* ahead, float* scores, int64_t score_stride);
+  // x -> 2^(x - largest), 0 from count to the next multiple of kMaxLanes; returns the sum.
+  float (*frame_shares)(float* scores, int64_t count);
+  // output[row] += sum over frames of shares[row * share_stride + frame] * values[frame], [rows, dim] float32.
+  void (*frame_mix[3])(const float* shares, int64_t share_stride, int64_t rows, int64_t dim, const void* values,
+                       int64_t frame_stride, int64_t frames, const void* ahead, float* output);
 };
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -123,5 +133,8 @@ const Kernels* avx512_kernels();  // null where the compiler does not target x86
 
 // Levels this machine runs, slowest first.
 std::vector<const Kernels*> available_kernels();
+
+// The level of that name, or the fastest; std::invalid_argument if this machine runs no such level.
+const Kernels& kernels_named(const std::optional<std::string>& name);
 
 }  // namespace shallowfusion

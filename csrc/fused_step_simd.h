@@ -329,6 +329,12 @@ bool any_nonzero(const float* values, int64_t count) {
   return bits != 0;
 }
 
+}  // namespace shallowfusion
+
+#include "frame_attention_simd.h"
+
+namespace shallowfusion {
+
 // Combinations no caller asks for stay null, which keeps the library small.
 constexpr bool is_used(unsigned work) {
   if (work == 0) return false;
@@ -362,6 +368,7 @@ void fill_dtype(Kernels& kernels) {
   kernels.convert_block[code] = &convert_block<Simd, dtype>;
   kernels.any_broken[code] = &any_broken<Simd, dtype>;
   kernels.exp2_block[code] = &exp2_block<Simd, dtype>;
+  fill_frame_dtype<Simd, dtype>(kernels);
 }
 
 template <class Simd>
@@ -380,6 +387,7 @@ Kernels make_kernels(const char* name, float offset_limit) {
   kernels.collect_above = &collect_above<Simd>;
   kernels.mix_block = &mix_block<Simd>;
   kernels.any_nonzero = &any_nonzero<Simd>;
+  kernels.frame_shares = &frame_shares<Simd>;
   return kernels;
 }
 

@@ -7,7 +7,8 @@
 namespace shallowfusion {
 
 // Runs task(0) .. task(count - 1) on the caller and up to threads - 1 helpers, in any order; returns when all are done.
-// The first exception of a task is thrown again here. While another caller uses the helpers, the caller works alone.
+// The first exception of a task is thrown again here. Where torch's OpenMP runtime is loaded and has that many threads,
+// they are the helpers. While another caller uses the helpers, the caller works alone.
 // A forked child starts its own helpers when it first needs them.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 

@@ -206,6 +206,24 @@ def scale_rows(
     *, product: int, scales: int, bias: int, rows: int, columns: int, output: int, dtype: int, threads: int
 ) -> None: ...
 
+# strides of utterances, positions and heads in elements; sizes: utterances, queries, heads, key heads, frames, dim
+def frame_attention(
+    *,
+    query: int,
+    query_strides: tuple[int, int, int],
+    keys: int,
+    key_strides: tuple[int, int, int],
+    values: int,
+    value_strides: tuple[int, int, int],
+    dtype: int,
+    output: int,
+    lengths: int,
+    sizes: tuple[int, int, int, int, int, int],
+    scale: float,
+    level: str | None,
+    threads: int,
+) -> None: ...
+
 # CTC search ---------------------------------------------------------------------------------------------------------
 
 class CtcLexicon:

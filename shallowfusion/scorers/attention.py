@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from shallowfusion.config import require
+from shallowfusion.scorers.frame_attention import frame_attention_native, is_native
 from shallowfusion.scorers.slot_tables import HEADER, WORD
 
 __all__ = ["ATTENTION", "frame_attention", "set_slot_attention", "slot_attention", "table_backend", "write_slots"]
@@ -24,10 +25,12 @@ __all__ = ["ATTENTION", "frame_attention", "set_slot_attention", "slot_attention
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "reference", "sdpa", "triton"]
+FrameBackend = Literal["auto", "reference", "sdpa", "triton", "native"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sdpa", "triton")
 ATTENTION = "shallowfusion"  # as transformers knows it; with _triton, _sdpa or _reference behind it that backend always
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_QUERIES = 64  # beyond, a pass over frames is bound by arithmetic, and plain attention is as good
+MOST_NATIVE_ROWS = 12  # the same on the CPU, rows of one key head; measured, docs/speed.md
 
 
 def slot_attention(
@@ -81,17 +84,18 @@ def frame_attention(
     lengths: Tensor | None,
     scale: float,
     *,
-    backend: Backend = "auto",
+    backend: FrameBackend = "auto",
 ) -> Tensor:
     """softmax(scale * query . key) over the frames [0, lengths[utterance]), times their values; none gives zeros.
 
-    Price: keys and values of each utterance once per 32 to 64 rows (query, head) that share a key head.
+    Price: keys and values of each utterance once per 32 to 64 rows (query, head) that share a key head (Triton), once
+    (native).
 
     Args:
         query: [utterances, queries, heads, dim].
         keys, values: [utterances, frames, key_heads, dim], any strides.
         lengths: int32 [utterances]; None = all frames.
-        backend: as for `slot_attention`.
+        backend: as for `slot_attention`; or "native", C++ on the CPU, which "auto" takes there for few rows.
 
     Returns:
         [utterances, queries, heads, dim] in the dtype of the queries.
@@ -108,7 +112,13 @@ def frame_attention(
         lengths is None or (lengths.shape == query.shape[:1] and lengths.dtype == torch.int32),
         f"lengths must be int32 [{query.shape[0]}] or None, got {lengths}.",
     )
-    chosen = _choose(backend, query, keys)
+    chosen = _choose_for_frames(backend, query, keys)
+    if chosen == "native":
+        require(
+            is_native(query, keys) and is_native(query, values),
+            f"the native backend takes dense heads of a multiple of 16 up to 256 on the CPU, got {list(query.shape)}.",
+        )
+        return frame_attention_native(query, keys, values, lengths, scale)
     if chosen == "triton":
         from shallowfusion.kernels.beam_attention import frame_attention_triton
 
@@ -139,9 +149,10 @@ def write_slots(
 
 
 def set_slot_attention(model: Any, backend: Backend = "auto") -> None:
-    """Lets the model attend through this module; "auto": on a CUDA device, if it attends as with "sdpa".
+    """Lets the model attend through this module; "auto": if it attends as with "sdpa".
 
-    Scorers do not call this themselves: the kernels are proved without a GPU, but none has run them yet.
+    Whisper models that `from_pretrained` loads on the CPU do. On CUDA nobody calls this unasked: the kernels are proved
+    without a GPU, but none has run them yet.
 
     Raises:
         InvalidArgumentError: no such backend.
@@ -149,7 +160,7 @@ def set_slot_attention(model: Any, backend: Backend = "auto") -> None:
     require(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend != "auto":
         model.set_attn_implementation(f"{ATTENTION}_{backend}")
-    elif model.device.type == "cuda" and model.config._attn_implementation == "sdpa":
+    elif model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
 
 
@@ -187,7 +198,8 @@ def _attend(
     is_cross = not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     few = query.shape[2] <= MOST_QUERIES and query.shape[2] < key.shape[2]
     dropped = options.get("dropout", 0.0) > 0.0
-    if is_cross and few and attention_mask is None and not dropped and _choose(backend, own[0], own[1]) != "sdpa":
+    ours = is_cross and few and attention_mask is None and not dropped
+    if ours and _choose_for_frames(backend, own[0], own[1]) != "sdpa":
         return frame_attention(*own, None, scale, backend=backend), None
     found: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **options
@@ -196,7 +208,8 @@ def _attend(
 
 
 def _check(name: str, query: Tensor, keys: Tensor, values: Tensor, backend: str) -> None:
-    require(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    known = (*BACKENDS, "native") if name == "frame_attention" else BACKENDS
+    require(backend in known, f"backend must be one of {', '.join(known)}, got {backend!r}.")
     require(
         query.dim() == 4 and keys.dim() == 4 and keys.shape == values.shape,
         f"{name} takes query, keys and values of 4 axes and keys shaped as values, "
@@ -220,6 +233,15 @@ def _choose(backend: Backend, query: Tensor, keys: Tensor) -> str:
         return "sdpa"
     reason = _refusal(query.shape[2] // keys.shape[2], query.shape[3], keys.dtype)
     return "triton" if reason is None else "sdpa"
+
+
+def _choose_for_frames(backend: FrameBackend, query: Tensor, keys: Tensor) -> str:
+    if backend == "native":
+        return backend
+    if backend != "auto" or query.is_cuda:
+        return _choose(backend, query, keys)
+    rows = query.shape[1] * query.shape[2] // keys.shape[2]
+    return "native" if rows <= MOST_NATIVE_ROWS and is_native(query, keys) else "sdpa"
 
 
 @functools.cache

@@ -227,10 +227,10 @@ class CachedScorer(ABC):
             state.histories[i][k] += (int(token_ids[i, k]),)
         appending = advancing & ~full
         logits = self._append(state, token_ids, appending)
-        if (token_ids == -1).any():
-            previous = state.logits if state.forked is None else state.logits[torch.from_numpy(state.forked)]
-            idle = torch.from_numpy((token_ids == -1).reshape(-1)).to(logits.device)
-            logits = torch.where(idle[:, None], previous, logits)
+        idle = np.flatnonzero(token_ids == -1)
+        if len(idle):
+            source = idle if state.forked is None else state.forked[idle]
+            logits[torch.from_numpy(idle)] = state.logits[torch.from_numpy(source)]
         state.lengths = state.lengths + appending
         if full.any():
             logits = self._read_anew(state, full, logits)

@@ -170,11 +170,16 @@ class StoredLayer(CacheLayerMixin):  # type: ignore[misc]
             self._stored = (self.keys, self.values)
         active = self.keys.shape[0]
         if active + joining > self._stored[0].shape[0]:
-            shape = (roomy(active + joining), *self.keys.shape[1:])
-            stored = (self.keys.new_empty(shape), self.values.new_empty(shape))
+            stored = (self._room(self.keys, active + joining), self._room(self.values, active + joining))
             stored[0][:active], stored[1][:active] = self.keys, self.values
             self._stored = stored
             self.keys, self.values = stored[0][:active], stored[1][:active]
+
+    @staticmethod
+    def _room(own: Tensor, utterances: int) -> Tensor:
+        """Frames outside heads in memory, as they come."""
+        _, heads, frames, dim = own.shape
+        return own.new_empty((roomy(utterances), frames, heads, dim)).transpose(1, 2)
 
     def admit(self, fresh: StoredLayer, joining: int) -> None:
         """Put the utterances of another layer behind those of this; `reserve` comes first."""

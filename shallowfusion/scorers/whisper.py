@@ -39,6 +39,8 @@ class WhisperScorer(CachedScorer):
         return output
 
     def hidden_states(self, state: DecoderState, token_ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
+        if state.encoder_output is not None and not state.cache.is_updated.get(0):
+            self._hear(state.encoder_output, state.cache)
         hidden: Tensor = self.model.model.decoder(
             input_ids=token_ids,
             position_ids=positions,
@@ -48,6 +50,18 @@ class WhisperScorer(CachedScorer):
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+    def _hear(self, encoder_output: Tensor, cache: Any) -> None:
+        """Fills the cross-attention cache as the products leave it; the model would copy keys and values by head."""
+        utterances, frames = encoder_output.shape[:2]
+        for i, layer in enumerate(self.model.model.decoder.layers):
+            attention = layer.encoder_attn
+            keys, values = (
+                project(encoder_output).view(utterances, frames, attention.num_heads, -1).transpose(1, 2)
+                for project in (attention.k_proj, attention.v_proj)
+            )
+            cache.cross_attention_cache.update(keys, values, i)
+            cache.is_updated[i] = True
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.proj_out(hidden)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 
 from shallowfusion.ctc.models import load_ctc_model
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.demo.shipped import HERE, lm_weights, model_directory, read_manifest
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.scorers.loading import choose_dtype, load_causal_lm
-from shallowfusion.scorers.preparation import Float32Head, Int8Linear, check_int8, prepare
+from shallowfusion.scorers.attention import ATTENTION
+from shallowfusion.scorers.loading import choose_dtype, load_causal_lm, load_whisper
+from shallowfusion.scorers.preparation import Float32Head, Int8Linear, PackedLinear, check_int8
 
 CPU = torch.device("cpu")
 
@@ -113,12 +115,39 @@ def test_a_decoder_of_int8_weights_hears_what_the_float32_one_hears() -> None:
     assert nn.Linear not in layers
 
 
-def test_float32_changes_nothing() -> None:
-    layer = nn.Linear(4, 4)
-    prepare_target = nn.Sequential(layer)
-    prepare_target.get_output_embeddings = lambda: layer  # type: ignore[assignment]
-    prepare(prepare_target, torch.float32)
-    assert prepare_target[0] is layer
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+def test_a_packed_layer_is_the_same_product(rows: int, with_bias: bool) -> None:
+    torch.manual_seed(rows)
+    layer = nn.Linear(48, 33, bias=with_bias)
+    given = torch.randn(2, rows, 48)
+    packed = PackedLinear(layer.weight, layer.bias)
+    torch.testing.assert_close(packed(given), layer(given).detach(), atol=1e-5, rtol=1e-5)
+    transposed = torch.randn(48, 33)
+    found = PackedLinear(transposed.t(), None)(given)
+    torch.testing.assert_close(found, given @ transposed, atol=1e-5, rtol=1e-5)
+    assert packed.num_bytes == 4 * 48 * 33
+
+
+def test_gradients_go_through_a_packed_layer_to_its_inputs() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    given = torch.randn(3, 16, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer(given).square().sum(), given)
+    (found,) = torch.autograd.grad(PackedLinear(layer.weight, layer.bias)(given).square().sum(), given)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_float32_decoders_are_packed_and_encoders_stay() -> None:
+    acoustic = load_whisper(str(model_directory("asr")), CPU, torch.float32).scorer.model
+    decoder, encoder = acoustic.get_decoder(), acoustic.get_encoder()
+    assert PackedLinear not in {type(layer) for layer in encoder.modules()}
+    kinds = {name.split(".")[-1]: type(layer) for name, layer in decoder.layers[0].encoder_attn.named_children()}
+    assert kinds == {"k_proj": nn.Linear, "v_proj": nn.Linear, "q_proj": PackedLinear, "out_proj": PackedLinear}
+    assert isinstance(acoustic.proj_out, PackedLinear)
+    assert acoustic.config._attn_implementation == ATTENTION
+    lm = load_causal_lm(str(model_directory("lm_medical")), CPU, torch.float32).model
+    assert {type(layer) for layer in lm.modules()} & {PackedLinear, nn.Linear, NewGELUActivation} == {PackedLinear}
 
 
 def test_int8_is_refused_where_it_cannot_run() -> None:

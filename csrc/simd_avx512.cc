@@ -47,6 +47,23 @@ struct Simd {
   static Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
   static float sum(Vector value) { return _mm512_reduce_add_ps(value); }
   static float largest(Vector value) { return _mm512_reduce_max_ps(value); }
+  // Lane i: the sum over the lanes of values[i].
+  static Vector sum_each(const Vector* values) {
+    Vector quarters[4];  // lane 4 * j + i: what values[4 * q + i] has in quarter j of its lanes
+    for (int q = 0; q < 4; ++q) {
+      const Vector* own = values + 4 * q;
+      const __m512d low = _mm512_castps_pd(pair_sums(own[0], own[1]));
+      const __m512d high = _mm512_castps_pd(pair_sums(own[2], own[3]));
+      quarters[q] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+    const Vector first = halves(quarters[0], quarters[1]);
+    const Vector second = halves(quarters[2], quarters[3]);
+    return add(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+  }
+  static Vector pair_sums(Vector a, Vector b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+  static Vector halves(Vector a, Vector b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
 
   // sum + 2^y: the fraction by a polynomial of degree 5 (error 7.5e-8), the rest by vscalefps, whose rules for -inf,
   // +inf and NaN are those of 2^y.

@@ -1,6 +1,7 @@
 // The level every machine has: plain C++ on four floats, which the compiler maps to its baseline instructions.
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
 
 #include "fused_step_kernels.h"
 #include "fused_step_simd.h"
@@ -41,6 +42,10 @@ struct Simd {
     float result = value[0];
     for (int lane = 1; lane < lanes; ++lane) result = value[lane] > result ? value[lane] : result;
     return result;
+  }
+  // Lane i: the sum over the lanes of values[i].
+  static Vector sum_each(const Vector* values) {
+    return Vector{sum(values[0]), sum(values[1]), sum(values[2]), sum(values[3])};
   }
 
   // sum + 2^y for y within [-126, 126], clamped (NaN passes); see the AVX2 level.
@@ -121,6 +126,17 @@ std::vector<const Kernels*> available_kernels() {
   }
 #endif
   return found;
+}
+
+const Kernels& kernels_named(const std::optional<std::string>& name) {
+  const std::vector<const Kernels*> found = available_kernels();
+  if (!name.has_value()) return *found.back();
+  std::string names;
+  for (const Kernels* kernels : found) {
+    if (*name == kernels->name) return *kernels;
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::invalid_argument("level must be one this machine runs (" + names + "), got '" + *name + "'.");
 }
 
 }  // namespace shallowfusion

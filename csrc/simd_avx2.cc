@@ -51,6 +51,12 @@ struct Simd {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
+  // Lane i: the sum over the lanes of values[i].
+  static Vector sum_each(const Vector* values) {
+    const Vector low = _mm256_hadd_ps(_mm256_hadd_ps(values[0], values[1]), _mm256_hadd_ps(values[2], values[3]));
+    const Vector high = _mm256_hadd_ps(_mm256_hadd_ps(values[4], values[5]), _mm256_hadd_ps(values[6], values[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
 
   // sum + 2^y for y within [-126, 126], clamped (NaN passes): 1.5 * 2^23 + 127 rounds y to an integer and leaves
   // the biased exponent in the low bits; the fraction by a polynomial of degree 5 (error 7.5e-8).
