@@ -17,6 +17,7 @@ from bench import (
     internal_lm,
     ngram,
     peers,
+    products,
     rescoring,
     session,
     stages,
@@ -59,6 +60,7 @@ CASES = (
         ("tests/search/test_device_loop.py", "tests/search/test_beam_mirror.py", "tests/kernels/test_beam_advance.py"),
     ),
     Case("peers", peers.run, ("tests/search/test_generate_parity.py", "tests/scorers/test_preparation.py"), ("cpu",)),
+    Case("products", products.run, ("tests/scorers/test_preparation.py",), ("cpu",)),
     Case("stages", stages.run, ("tests/search/test_generate_parity.py",)),
     Case("ctc", ctc.run, ("tests/ctc/test_search.py", "tests/compat/test_pyctcdecode.py"), devices=("cpu",)),
     Case(
