@@ -15,5 +15,6 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_range_lse(module);
   shallowfusion::bind_row_rounding(module);
   shallowfusion::bind_frame_attention(module);
+  shallowfusion::bind_int8_product(module);
   shallowfusion::bind_lexicon_search(module);
 }

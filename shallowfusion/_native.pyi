@@ -205,6 +205,23 @@ def round_rows(*, values: int, dtype: int, rows: int, columns: int, whole: int, 
 def scale_rows(
     *, product: int, scales: int, bias: int, rows: int, columns: int, output: int, dtype: int, threads: int
 ) -> None: ...
+def has_int8_product() -> bool: ...
+def packed_int8_size(*, outputs: int, inputs: int) -> int: ...
+def pack_int8(*, weights: int, outputs: int, inputs: int, packed: int) -> None: ...
+def int8_product(
+    *,
+    values: int,
+    dtype: int,
+    packed: int,
+    scales: int,
+    bias: int,
+    output: int,
+    output_dtype: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    threads: int,
+) -> None: ...
 
 # strides of utterances, positions and heads in elements; sizes: utterances, queries, heads, key heads, frames, dim
 def frame_attention(

@@ -38,6 +38,17 @@ def test_an_int8_layer_is_the_product_of_rounded_rows(rows: int, inputs: int, ou
     assert (found - bias.double() - exact).norm() < 0.03 * exact.norm()
 
 
+def test_few_rows_and_many_give_the_same() -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randn(70, 64), torch.randn(70))
+    given = torch.randn(60, 64)
+    many = layer(given)
+    for few in (1, 5, 24):
+        torch.testing.assert_close(layer(given[:few]), many[:few], atol=1e-6, rtol=1e-6)
+    only_many = Int8Linear(torch.randn(70, 64), None, few_rows=False)
+    assert only_many(given[:2]).shape == (2, 70)
+
+
 def test_a_transposed_weight_is_taken_for_what_it_is() -> None:
     torch.manual_seed(0)
     weight, given = torch.randn(48, 64), torch.randn(5, 48)
