@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BASE_PYTHON ?= python3
 OLDEST := $(VENV)/transformers-5.17
 
-.PHONY: help env demo test bench lint types check oldest fuzz sanitize clean
+.PHONY: help env demo test bench lint types check oldest fuzz sanitize soak clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -97,6 +97,10 @@ sanitize: env fuzz  ## the same, then the tests of the bindings on a core with t
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(UNDEFINED) OMP_NUM_THREADS=1 \
 		$(PYTHON) -m tests.sanitized $(SANITIZED)/_native.so -x $(NATIVE_TESTS)
+
+soak: env  ## sessions for some minutes: random searches, then threads that submit, cancel and close at once
+	$(PYTHON) -m tests.session.soak 2000
+	$(PYTHON) -m tests.session.thread_soak 60
 
 bench: env  ## measure on this machine and append to bench/results
 	$(PYTHON) -m bench.run --device cpu
