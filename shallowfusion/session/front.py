@@ -56,6 +56,7 @@ class DecoderSession:
         self._busy: list[Job] = []  # taken from the queue and not over
         self._num_cancelled = self._num_submitted = 0
         self._is_closing = False
+        self._joins = threading.Lock()  # before Python 3.13 two that join one thread may trip over each other
         self._thread = threading.Thread(target=self._work, name="shallowfusion session", daemon=True)
         self._thread.start()
 
@@ -154,7 +155,8 @@ class DecoderSession:
         for job in pending:
             job.future.cancel()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            with self._joins:
+                self._thread.join()
 
     def __enter__(self) -> DecoderSession:
         return self
