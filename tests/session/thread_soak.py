@@ -65,7 +65,7 @@ class Round:
                 return
             future.add_done_callback(self.called_back.append)
             self.asked.append((future, place, options))
-        elif action < 0.53:
+        elif 0.5 <= action < 0.56:
             draw.choice(self.asked[-MOST_WAITING:])[0].cancel()
         elif action < 0.999:
             wait([draw.choice(self.asked)[0]], timeout=draw.choice([0.0, 0.01]))
