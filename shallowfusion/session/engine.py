@@ -117,7 +117,7 @@ class SessionEngine:
             with self.clock("features"):
                 job.features = log_mel([samples], self.acoustic.features)[0]
         except Exception as error:
-            self.num_failed += job.fail(error)
+            self._fail(job, error)
             return False
         job.seconds = len(samples) / self.acoustic.features.sampling_rate
         return True
@@ -133,7 +133,7 @@ class SessionEngine:
                     job.encoded, job.features = encoded, None
         except Exception as error:
             if len(jobs) == 1:
-                self.num_failed += jobs[0].fail(error)
+                self._fail(jobs[0], error)
                 return
             logger.warning("%d recordings could not be encoded together (%s); each is tried alone", len(jobs), error)
             for job in jobs:
@@ -154,7 +154,7 @@ class SessionEngine:
                 logger.warning("%s waits for memory (%s)", first.source, error)
                 self._too_many = len(self.jobs)
                 return [first]
-            self.num_failed += first.fail(error)
+            self._fail(first, error)
             return []
         stages = dict(costs)
         for stage, seconds in _shared(self.clock.seconds, before, len(jobs)).items():
@@ -177,7 +177,7 @@ class SessionEngine:
         try:
             result = self._result(job, cohort, place)
         except Exception as error:
-            self.num_failed += job.fail(error)
+            self._fail(job, error)
         else:
             if job.finish(result):
                 self.num_finished += 1
@@ -224,12 +224,15 @@ class SessionEngine:
         if all(job is None for job in listed):
             del self._jobs[cohort]
 
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if job.fail(error):
+            self.num_failed += 1
+        else:
+            self.num_cancelled += 1
+
     def _fail_all(self, error: BaseException) -> None:
         for job in self.jobs:
-            if job.fail(error):
-                self.num_failed += 1
-            else:
-                self.num_cancelled += 1
+            self._fail(job, error)
         self._jobs.clear()
         self._running = RunningSearches(self.clock)
 

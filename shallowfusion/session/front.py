@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,6 +56,7 @@ class DecoderSession:
         self._busy: list[Job] = []  # taken from the queue and not over
         self._num_cancelled = self._num_submitted = 0
         self._is_closing = False
+        self._joins = threading.Lock()  # before Python 3.13 two that join one thread may trip over each other
         self._thread = threading.Thread(target=self._work, name="shallowfusion session", daemon=True)
         self._thread.start()
 
@@ -153,7 +155,8 @@ class DecoderSession:
         for job in pending:
             job.future.cancel()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            with self._joins:
+                self._thread.join()
 
     def __enter__(self) -> DecoderSession:
         return self
@@ -216,7 +219,19 @@ class DecoderSession:
             self._wakes.notify_all()
 
     def _work(self) -> None:
-        """The session's thread."""
+        """The session's thread. Failures that the engine does not take in end the session, and nobody waits in vain."""
+        try:
+            self._serve()
+        except BaseException as error:
+            logger.exception("the session ends with a failure of its own")
+            with self._wakes:
+                self._is_closing = True
+                pending, self._queue, self._busy = [*self._queue, *self._busy], deque(), []
+            for job in pending:
+                with suppress(RuntimeError):  # it is over already
+                    job.fail(SessionError(f"the session ended before {job.source} did: {error!r}; open another."))
+
+    def _serve(self) -> None:
         while True:
             with self._wakes:
                 while not self._queue and self._engine.is_empty and not self._is_closing:
@@ -247,11 +262,13 @@ class DecoderSession:
     def _take(self) -> list[Job]:
         """The next requests that fit, first come first served; cancelled ones go."""
         taken: list[Job] = []
-        live = deque(job for job in self._queue if not job.future.cancelled())
+        live: deque[Job] = deque()
         for job in self._queue:
-            if job.future.cancelled():
+            if job.future.cancelled():  # asked once: other threads cancel at any time
                 job.future.set_running_or_notify_cancel()
                 self._num_cancelled += 1
+            else:
+                live.append(job)
         self._queue = live
         while self._queue and len(taken) < self.settings.encoder_batch:
             if not self._engine.has_room(self._queue[0], taken):
