@@ -56,6 +56,14 @@ struct CtcPrefix {
   uint32_t phrase = 0;      // state of the automaton after the text
 };
 
+// Where the phrases stand at a prefix, to look at many labels from there. Prefixes of equal keys stand alike.
+struct PhraseSite {
+  uint64_t key;
+  uint32_t state;
+  bool is_begun;  // a word is being spelled or done: a label that begins one says a space first
+  bool begins;    // every label begins a word
+};
+
 // What the end of the utterance adds to a prefix.
 struct CtcEnding {
   double fused;
@@ -68,7 +76,9 @@ class CtcPrefixes {
   CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, uint32_t start_state);
 
   int32_t child(int32_t parent, int32_t label);  // found or made
-  double phrase_worth(int32_t parent, int32_t label) const;  // nats to phrases, loans included, of the child
+  PhraseSite phrase_site(int32_t parent) const;
+  // What phrases, loans included, multiply the rank of the child by; a hair above it.
+  double phrase_factor(const PhraseSite& site, int32_t label) const;
   CtcEnding ending(int32_t node) const;
   uint64_t history_hash(int32_t node, int64_t words) const;
 
