@@ -135,7 +135,7 @@ void CtcPrefixes::close_word(CtcPrefix& node) const {
     const double log_prob = language.table->score(node.lm_state, id, &node.lm_state);
     node.lm += log_prob;
     node.fused += language.weight * log_prob;
-    if (word == nullptr || !word->known) node.fused += language.unknown_word;
+    if (word == nullptr || word->known == 0) node.fused += language.unknown_word;
   }
   if (language.hotwords != nullptr && language.hotwords->word(node.hotword) != nullptr) {
     node.fused += language.hotword_weight;
@@ -152,9 +152,15 @@ double CtcPrefixes::partial(const CtcPrefix& node) const {
   if (node.word_characters == 0) return held;
   const int32_t wanted = language.hotwords == nullptr ? 0 : language.hotwords->shortest(node.hotword);
   if (wanted != 0) return held + language.hotword_weight * node.word_characters / wanted;
-  if (language.lexicon == nullptr || language.lexicon->shortest(node.lexicon) != 0) return held;
+  if (language.lexicon == nullptr) return held;
+  const uint32_t known = language.lexicon->known(node.lexicon);
+  double unknown = 0.0;
+  for (size_t set = 0; set < language.unknown_prefixes.size(); ++set) {
+    if ((known >> set & 1) == 0) unknown += language.unknown_prefixes[set];
+  }
+  if (unknown == 0.0) return held;
   const double scale = static_cast<double>(std::max(node.word_characters, kUsualWord)) / kUsualWord;
-  return held + language.unknown_prefix * scale;
+  return held + unknown * scale;
 }
 
 CtcEnding CtcPrefixes::ending(int32_t number) const {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "ctc_lexicon.h"
-#include "ngram_table.h"
 #include "phrase_automaton.h"
+#include "word_table.h"
 
 namespace shallowfusion {
 
@@ -21,13 +21,14 @@ struct CtcLabel {
 
 // What words and labels are worth; all in nats, weights applied unless said otherwise.
 struct CtcLanguage {
-  std::shared_ptr<const NgramTable> table;  // null: no language model
+  std::shared_ptr<const WordTable> table;  // null: no language model
   bool label_level = false;               // the table's words are labels, not words
   double weight = 0.0;
   double word_bonus = 0.0;   // per closed word
   double label_bonus = 0.0;  // per label
   double unknown_word = 0.0;
-  double unknown_prefix = 0.0;  // ranks only, while a word is being spelled; scaled up beyond six characters
+  // Ranks only, while a word is being spelled that no word of a set begins with; scaled up beyond six characters.
+  std::vector<double> unknown_prefixes{0.0};
   bool score_end = true;
   bool score_empty_word = false;  // a text that ends with a delimiter closes one more, unknown word
   std::shared_ptr<const CtcLexicon> lexicon;   // null: no word-level table

@@ -26,7 +26,9 @@ double log_add(double one, double other) {
 CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, CtcLanguage language_given)
     : rules(rules_given), labels(std::move(labels_given)), language(std::move(language_given)) {
   const auto gain = [](double value) { return std::max(0.0, value); };
-  const bool unbounded = language.weight < 0.0 || language.unknown_prefix > 0.0;
+  const auto raises = [](double nats) { return nats > 0.0; };
+  const bool unbounded = language.weight < 0.0 || std::any_of(language.unknown_prefixes.begin(),
+                                                              language.unknown_prefixes.end(), raises);
   const double hotword = language.hotwords == nullptr ? 0.0 : gain(language.hotword_weight);
   const double label = gain(language.label_bonus) + hotword;
   const double close = label + gain(language.word_bonus) + hotword + gain(language.unknown_word);
