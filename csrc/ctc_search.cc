@@ -16,7 +16,8 @@ namespace {
 constexpr float kImpossible = -std::numeric_limits<float>::infinity();
 constexpr float kLargestLogProb = 1e-3f;   // rounding of a log-softmax
 constexpr size_t kSmallAlphabet = 128;
-constexpr size_t kPhraseLines = 512;
+constexpr size_t kMostPhraseLines = 512;
+constexpr size_t kPhraseFactors = 16384;  // 128 KiB an utterance
 constexpr double kUnasked = -1.0;
 constexpr double kLargestSum = 1.05;       // of the probabilities of the first frame
 
@@ -224,10 +225,10 @@ CtcUtterance::PhraseLine* CtcUtterance::phrase_line(const PhraseSite& site) {
   const size_t size = row_.size();
   if (size > kSmallAlphabet) return nullptr;
   if (phrase_lines_.empty()) {
-    phrase_lines_.resize(kPhraseLines);
-    phrase_factors_.resize(kPhraseLines * size);
+    phrase_lines_.resize(std::min(kMostPhraseLines, kPhraseFactors / size));
+    phrase_factors_.resize(phrase_lines_.size() * size);
   }
-  const size_t number = static_cast<size_t>((site.key * 0x9e3779b97f4a7c15u) >> 32) % kPhraseLines;
+  const size_t number = static_cast<size_t>((site.key * 0x9e3779b97f4a7c15u) >> 32) % phrase_lines_.size();
   PhraseLine& line = phrase_lines_[number];
   if (line.key == site.key) return &line;
   line = {site.key, 1.0, number * size};
