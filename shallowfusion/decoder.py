@@ -71,6 +71,7 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
+        self.lm_bridge = lm_bridge
         self._programs = DevicePrograms()
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 

@@ -24,7 +24,9 @@ from shallowfusion.scorers.row_rounding import (
     unpacked_int8,
 )
 
-__all__ = ["Float32Head", "Int8Linear", "PackedLinear", "check_int8", "loading_dtype", "prepare"]
+__all__ = [
+    "Float32Head", "Int8Linear", "PackedLinear", "check_int8", "loading_dtype", "prepare", "prepare_encoder",
+]  # fmt: skip
 
 _FEW_ROWS = 24  # up to so many the C++ product is ahead of oneDNN's (docs/speed.md)
 _ALIGNMENT = 64  # rows; logits then begin at multiples of 256 bytes
@@ -208,6 +210,31 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
             model.set_output_embeddings(Float32Head(head.weight, head.bias))
     elif is_cpu and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         _replace_products(model, lambda weight, bias, layer: PackedLinear(weight, bias), _of_recordings(model))
+
+
+def prepare_encoder(model: nn.Module, head: nn.Module | None, probe: Callable[[], object]) -> None:
+    """Round every linear layer of a float32 model that is no decoder, in place; the rest stays float32.
+
+    Not bfloat16 as in `prepare`: random models of the group-norm form lost half of their labels by it (docs/ctc.md).
+
+    Args:
+        head: the layer whose results stay float32.
+        probe: runs the model once.
+
+    Raises:
+        InvalidArgumentError: the model multiplies by a linear layer's weights itself, as WavLM's attention does.
+    """
+    _replace_products(
+        model,
+        lambda weight, bias, layer: Int8Linear(weight, bias, torch.float32 if layer is head else None, few_rows=False),
+    )
+    try:
+        probe()
+    except AttributeError as error:
+        raise InvalidArgumentError(
+            f"dtype='int8' replaces linear layers, but {type(model).__name__} reads the weights of one ({error}); "
+            "take 'bfloat16' or 'float32'."
+        ) from error
 
 
 def _simplify(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-from shallowfusion.ctc.models import load_ctc_model
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.demo.shipped import HERE, lm_weights, model_directory, read_manifest
 from shallowfusion.errors import InvalidArgumentError
@@ -165,7 +164,5 @@ def test_int8_is_refused_where_it_cannot_run() -> None:
     assert choose_dtype("int8", CPU) == torch.int8
     with pytest.raises(InvalidArgumentError, match="is for the CPU, got device cuda"):
         check_int8(torch.device("cuda"))
-    with pytest.raises(InvalidArgumentError, match="is for Whisper and causal"):
-        load_ctc_model("anything", CPU, torch.int8)
     with pytest.raises(InvalidArgumentError, match="dtype must be"):
         choose_dtype("int4", CPU)
