@@ -51,7 +51,7 @@ class Pair:
     lm: torch.nn.Module
 
 
-def make_pair(shape: Shape, device: str = "cpu") -> Pair:
+def make_pair(shape: Shape, device: str = "cpu", encoder_layers: int = 1) -> Pair:
     """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached."""
     from transformers import GPT2Config, GPT2LMHeadModel, WhisperConfig, WhisperForConditionalGeneration
 
@@ -64,7 +64,7 @@ def make_pair(shape: Shape, device: str = "cpu") -> Pair:
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=51_864, d_model=shape.width, encoder_layers=1, decoder_layers=shape.layers,
+        vocab_size=51_864, d_model=shape.width, encoder_layers=encoder_layers, decoder_layers=shape.layers,
         encoder_attention_heads=shape.heads, decoder_attention_heads=shape.heads, encoder_ffn_dim=4 * shape.width,
         decoder_ffn_dim=4 * shape.width, max_source_positions=shape.frames, pad_token_id=END, bos_token_id=END,
         eos_token_id=END, decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
@@ -81,7 +81,7 @@ def make_pair(shape: Shape, device: str = "cpu") -> Pair:
         "whisper",
         WhisperScorer(whisper, Vocabulary((*pieces, *[None] * (51_864 - TEXT_TOKENS)), END, name="whisper")),
         NumberTokenizer(),
-        FeatureSettings(),
+        FeatureSettings(chunk_seconds=shape.frames // 50),
         whisper_tokens(whisper),
     )
     scorer = CausalLMScorer(lm, Vocabulary((*pieces, None), END, END, "gpt2"))

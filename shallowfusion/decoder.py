@@ -183,8 +183,8 @@ class FusionDecoder:
             recordings: one or a list of: path; float array or tensor [samples] or [channels, samples] at the model's
                 rate; {"array": samples, "sampling_rate": rate}.
             options: or option names as keywords.
-            overlap_encoder: read and encode the next batch, in a thread of its own, while one is searched; None = where
-                it pays (see `overlaps`). Not under driver="device", which bears no other work while it captures.
+            overlap_encoder: read and encode the next batch, in a thread of its own, while one is searched; None = on
+                CUDA. Not under driver="device", which bears no other work while it captures.
 
         Returns:
             One result per recording, in order. A recording that fails has `error` set, which its `text` raises;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -147,12 +146,10 @@ def overlaps(wanted: bool | None, device: torch.device) -> bool:
     """Whether recordings are encoded by a thread of its own, while others are searched.
 
     Args:
-        wanted: True or False; None = on CUDA, and on the CPU where torch leaves a core idle: two threads that each
-            want all cores are slower than one.
+        wanted: True or False; None = on CUDA only. On a CPU it takes a core that would else be idle; where there is
+            none, it only costs.
     """
-    if wanted is not None:
-        return wanted
-    return device.type == "cuda" or torch.get_num_threads() < len(os.sched_getaffinity(0))
+    return device.type == "cuda" if wanted is None else wanted
 
 
 def each_ahead(work: Callable[[T], R], items: Sequence[T], ahead: bool) -> Iterator[R]:

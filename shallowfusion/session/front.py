@@ -62,9 +62,12 @@ class DecoderSession:
         self._verdicts = Verdicts()
         self._busy: list[Job] = []  # taken from the line and not over
         self._num_submitted = 0
-        self._is_closing = False
-        works = [self._work, self._encode_ahead] if self.overlaps_encoder else [self._work]
-        self._threads = [threading.Thread(target=work, name="shallowfusion session", daemon=True) for work in works]
+        self._is_closing = self._is_broken = False
+        works = {"session": self._work, **({"encoder": self._encode_ahead} if self.overlaps_encoder else {})}
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=f"shallowfusion {name}", daemon=True)
+            for name, work in works.items()
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -244,6 +247,20 @@ class DecoderSession:
         with self._wakes:
             self._wakes.notify_all()
 
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run a thread; if it breaks in a way nobody foresaw, the session is closed and no future waits for ever."""
+        try:
+            work()
+        except BaseException as error:
+            logger.exception("%s ended", threading.current_thread().name)
+            with self._wakes:
+                self._is_closing = self._is_broken = True
+                left = [*self._line, *self._busy]
+                self._wakes.notify_all()
+            for job in left:
+                if not job.future.done():
+                    job.fail(SessionError(f"the session ended before {job.source} was decoded: {error!r}."))
+
     def _work(self) -> None:
         """The decoding thread."""
         while True:
@@ -253,7 +270,7 @@ class DecoderSession:
                 self._wait_for_company()
                 over = self._line.sweep()
                 taken = self._line.take(self._engine.has_room)
-                if self._is_done() and not taken and not over:
+                if self._is_done() and (self._is_broken or not (taken or over)):
                     self._wakes.notify_all()
                     return
                 self._busy += taken
@@ -277,6 +294,8 @@ class DecoderSession:
         return self._verdicts.is_ripe or self._is_done()
 
     def _is_done(self) -> bool:
+        if self._is_broken:
+            return True
         return self._is_closing and not self._line and not self._busy and self._engine.is_empty
 
     def _wait_for_company(self) -> None:

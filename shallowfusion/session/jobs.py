@@ -33,7 +33,7 @@ class SessionSettings:
         encoder_batch: most recordings that are encoded in one pass.
         admission_seconds: how long a recording that finds nothing running waits for others to be encoded with it.
         overlap_encoder: a thread of its own reads and encodes, at most twice encoder_batch ahead; False = that is done
-            between two steps, and those that run wait; None = where it pays (see `overlaps`).
+            between two steps, and those that run wait; None = on CUDA.
     """
 
     max_utterances: int = 8

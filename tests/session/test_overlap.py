@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion import FusionDecoder
-from shallowfusion.errors import AudioError
+from shallowfusion.errors import AudioError, SessionError
 from shallowfusion.features.log_mel import log_mel
 from tests.session.conftest import BASE, alone, alone_on, assert_nothing_is_left, assert_same
 
@@ -198,6 +198,24 @@ def test_closing_with_cancel_while_the_encoder_works_leaves_nothing(hearing, rec
     assert all(future.cancelled() for future in futures[1:])
     assert hearing.acoustic.scorer.heard in ([1], [2])
     assert_nothing_is_left(session)
+
+
+@pytest.mark.parametrize("place", ["on_encode", "on_start"])
+def test_a_thread_that_breaks_leaves_nobody_waiting(hearing, sounds, place: str) -> None:
+    class Unforeseen(BaseException):
+        pass
+
+    def breaks(_: Any) -> None:
+        raise Unforeseen
+
+    setattr(hearing.acoustic.scorer, place, breaks)
+    session = hearing.session(max_utterances=2, overlap_encoder=True)
+    first = session.submit(sounds[0], **BASE)
+    with pytest.raises(SessionError, match="ended before array 0 was decoded: Unforeseen"):
+        first.result(timeout=60)
+    with pytest.raises(SessionError, match="closed"):
+        session.submit(sounds[1], **BASE)
+    session.close()
 
 
 def test_closing_decodes_what_was_not_yet_read(hearing, sounds) -> None:
