@@ -54,7 +54,13 @@ class Pair:
     lm: torch.nn.Module
 
 
-def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, prepared: bool = True) -> Pair:
+def make_pair(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prepared: bool = True,
+    encoder_layers: int = 1,
+) -> Pair:
     """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached.
 
     Args:
@@ -67,7 +73,7 @@ def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.floa
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=51_864, d_model=shape.width, encoder_layers=1, decoder_layers=shape.layers,
+        vocab_size=51_864, d_model=shape.width, encoder_layers=encoder_layers, decoder_layers=shape.layers,
         encoder_attention_heads=shape.heads, decoder_attention_heads=shape.heads, encoder_ffn_dim=4 * shape.width,
         decoder_ffn_dim=4 * shape.width, max_source_positions=shape.frames, pad_token_id=END, bos_token_id=END,
         eos_token_id=END, decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
@@ -101,7 +107,7 @@ def decoders(whisper: torch.nn.Module, lm: torch.nn.Module) -> tuple[object, obj
         "whisper",
         WhisperScorer(whisper, Vocabulary((*pieces, *[None] * (51_864 - TEXT_TOKENS)), END, name="whisper")),
         NumberTokenizer(),
-        FeatureSettings(),
+        FeatureSettings(chunk_seconds=whisper.config.max_source_positions // 50),
         whisper_tokens(whisper),
     )
     scorer = CausalLMScorer(lm, Vocabulary((*pieces, None), END, END, "gpt2"))

@@ -117,6 +117,10 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     yield list(_beams(mixed, shape, device))
     alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
     yield list(_cohorts(alike, shape, device))
+    yield list(shipped_overlap(device, quick))
+    whole = make_pair(SHAPES[shape], device, encoder_layers=SHAPES[shape].layers)
+    few = Work(whole.fused, states[: count // 2], lengths[: count // 2], [5] * (count // 2))
+    yield list(_shape_overlap(few, shape, device))
 
 
 def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
@@ -179,6 +183,56 @@ def _cohorts(work: Work, shape: str, device: str) -> Iterator[Measurement]:
     notes = {name: f"fusion {work.counts[name]['fusion_ms']} ms of it" for name in providers}
     where = f"{shape} utterances={len(work.states)} beams=5 tokens={work.lengths[0]}"
     yield from measurements("session", where, "float32", seconds, "entered together", note=notes)
+
+
+def shipped_overlap(device: str, quick: bool) -> Iterator[Measurement]:
+    """The clips and models of the package."""
+    from shallowfusion import DecodingOptions, FusionDecoder
+    from shallowfusion.demo.shipped import HERE, model_directory
+
+    decoder = FusionDecoder.from_pretrained(model_directory("asr"), lm=model_directory("lm_medical"), device=device)
+    clips = sorted((HERE / "clips").glob("*.flac"))[: 4 if quick else None]
+    asked = [DecodingOptions(beam_size=5, lm_weight=0.8)] * len(clips)
+    yield from _overlap(decoder, clips, asked, "shipped models", device)
+
+
+def _shape_overlap(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    draw = torch.Generator().manual_seed(7)
+    window = work.decoder.acoustic.features.chunk_samples  # type: ignore[attr-defined]
+    sounds = [0.1 * torch.randn(max(400, round(window * own / 72)), generator=draw) for own in work.lengths]
+    yield from _overlap(work.decoder, sounds, [work.options(i) for i in range(len(sounds))], shape, device)
+
+
+def _overlap(
+    decoder: object, sounds: Sequence[object], asked: Sequence[object], shape: str, device: str
+) -> Iterator[Measurement]:
+    """Recordings read and encoded between the steps of the search, or ahead of it in a thread of their own.
+
+    The second can only be faster where a core, or a share of the device, is idle; processor seconds say what it costs.
+    """
+    spent: dict[str, list[float]] = {}
+
+    def through(name: str, ahead: bool) -> list[tuple[int, ...]]:
+        start = time.process_time()
+        with decoder.session(max_utterances=SLOTS, overlap_encoder=ahead) as session:  # type: ignore[attr-defined]
+            done = [session.submit(sound, own) for sound, own in zip(sounds, asked, strict=True)]
+            found = [future.result().best.token_ids for future in done]
+        spent.setdefault(name, []).append(time.process_time() - start)
+        return found
+
+    providers = {
+        name: lambda n=name, a=ahead: through(n, a)
+        for name, ahead in {"encoded between steps": False, "encoded ahead": True}.items()
+    }
+    _check(providers)
+    seconds = take_turns(providers, repeats=2 if len(sounds) < 8 else 5, warm_up=0, device=device)
+    notes = {
+        name: f"{len(sounds) / float(np.median(own)):.3g} recordings/s, "
+        f"{float(np.median(spent[name][1:])):.3g} processor s"
+        for name, own in seconds.items()
+    }
+    where = f"{shape} recordings={len(sounds)} places={SLOTS} encoder_batch=4 beams=5"
+    yield from measurements("session", where, "float32", seconds, "encoded between steps", note=notes)
 
 
 def _check(providers: dict[str, Callable[[], list[tuple[int, ...]]]]) -> None:
