@@ -16,6 +16,7 @@ from bench.timing import Measurement, measurements, take_turns
 __all__ = ["run"]
 
 SLOTS = 8
+EVEN = "session, even lengths"
 
 
 @dataclass
@@ -125,18 +126,25 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
 
 def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
     count = len(work.states)
+    mean = sum(work.lengths) // count
+    even = Work(work.decoder, work.states, [mean] * count, work.beams)
+    through_session(even, "even")
     providers = {
         "session": lambda: through_session(work, "session"),
         "static batches": lambda: static_batches(work, "static batches"),
         "one by one": lambda: static_batches(work, "one by one", width=1),
     }
     _check(providers)
-    seconds = take_turns(providers, repeats=1 if count > 12 else 2, warm_up=0, device=device)
+    timed: dict[str, Callable[[], object]] = {**providers, EVEN: lambda: through_session(even, "even")}
+    seconds = take_turns(timed, repeats=1 if count > 12 else 2, warm_up=0, device=device)
     batches = [work.lengths[i : i + SLOTS] for i in range(0, count, SLOTS)]
     kept = sum(work.lengths) / sum(max(batch) * len(batch) for batch in batches)
     notes = {"static batches": f"efficiency {_efficiency(work, 'static batches')}, {kept:.2f} if nobody left early"}
     for name in ("session", "one by one"):
         notes[name] = f"efficiency {_efficiency(work, name)}"
+    rates = [sum(own.lengths) / float(np.median(seconds[key])) for own, key in ((work, "session"), (even, EVEN))]
+    notes["session"] += f", {rates[0] / rates[1]:.2f} of the tokens per second of even lengths"
+    notes[EVEN] = f"efficiency {_efficiency(even, 'even')}"
     for name in notes:
         notes[name] += f", {count / float(np.median(seconds[name])):.3g} utterances/s"
     where = f"{shape} utterances={count} places={SLOTS} beams=5 tokens={min(work.lengths)}-{max(work.lengths)}"
