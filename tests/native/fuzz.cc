@@ -26,6 +26,8 @@ constexpr Part kParts[] = {
     {"row statistics", 2000, fuzz::fuzz_statistics},
     {"range sums", 2000, fuzz::fuzz_ranges},
     {"rounded rows", 2000, fuzz::fuzz_rounding},
+    {"attention over frames", 1000, fuzz::fuzz_attention},
+    {"int8 products", 2000, fuzz::fuzz_int8},
 };
 
 }  // namespace

@@ -63,5 +63,7 @@ bool fuzz_step();
 bool fuzz_statistics();
 bool fuzz_ranges();
 bool fuzz_rounding();
+bool fuzz_attention();
+bool fuzz_int8();
 
 }  // namespace fuzz
