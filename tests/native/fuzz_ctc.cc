@@ -47,7 +47,8 @@ std::shared_ptr<CtcLexicon> random_lexicon(int num_words) {
   spellings.erase(std::unique(spellings.begin(), spellings.end()), spellings.end());
   std::vector<LexiconWord> words;
   for (const std::string& spelling : spellings) {
-    words.push_back({spelling, static_cast<uint32_t>(draw(0, num_words - 1)), !one_in(5)});
+    words.push_back({spelling, static_cast<uint32_t>(draw(0, num_words - 1)),
+                     static_cast<uint32_t>(draw(0, 7))});
   }
   return std::make_shared<CtcLexicon>(std::move(words));
 }
@@ -61,7 +62,7 @@ CtcLanguage random_language(int num_words, bool is_wild) {
     if (!language.label_level) language.lexicon = random_lexicon(num_words);
     language.weight = number(1.0);
     language.unknown_word = number(-5.0);
-    language.unknown_prefix = number(-5.0);
+    language.unknown_prefixes.assign(static_cast<size_t>(draw(1, 3)), number(-5.0));
   }
   language.word_bonus = number(2.0);
   language.label_bonus = number(1.0);

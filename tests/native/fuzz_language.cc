@@ -193,15 +193,15 @@ bool fuzz_phrases() {
           if (arcs[i - 1].token >= arcs[i].token) return wrong("arcs are not sorted");
         }
       }
-      automaton->most_held(arrived, draw(0, 1 << 30));
       automaton->closing(arrived);
       arrived = automaton->arrive(arrived, token).state;
       automaton->say(&said, token);
       if (arrived >= automaton->num_states() || said != arrived) return wrong("two ways along a text part");
     }
-    for (const auto ending : {PhraseAutomaton::Ending::kToken, PhraseAutomaton::Ending::kBoundaryBehindLetter,
-                              PhraseAutomaton::Ending::kBoundaryBehindOther}) {
-      automaton->most_gain(ending);
+    const auto worth = automaton->most_worth({0, draw(0, 5), draw(5, 1000)});
+    for (size_t state = 0; state < static_cast<size_t>(automaton->num_states()); ++state) {
+      const bool rises = worth[0][state] <= worth[1][state] && worth[1][state] <= worth[2][state];
+      if (!is_wild && !rises) return wrong("more symbols are worth less");
     }
     return true;
   } catch (const std::invalid_argument&) {

@@ -20,6 +20,7 @@
 #include "ctc_prefix_scores.h"
 #include "ctc_search.h"
 #include "fused_step.h"
+#include "ngram_table.h"
 #include "page_pool.h"
 #include "range_lse.h"
 #include "row_rounding.h"
