@@ -38,10 +38,17 @@ class ReferencePrefixScores:
     """`PrefixScoresProtocol` in Python; arguments as of `PrefixScores`."""
 
     def __init__(
-        self, log_probs: object, lengths: object = None, *, blank: int = 0, margin: float | None = None
+        self,
+        log_probs: object,
+        lengths: object = None,
+        *,
+        blank: int = 0,
+        delimiter: int | None = None,
+        margin: float | None = None,
     ) -> None:
-        frames = PrefixFrames.check(log_probs, lengths, blank, margin)
+        frames = PrefixFrames.check(log_probs, lengths, blank, delimiter, margin)
         self.blank = blank
+        self.delimiter = delimiter
         self.log_cut = math.log(frames.cut) if frames.cut else NEVER
         pairs = zip(frames.log_probs.astype(np.float64), frames.counts.tolist(), strict=True)
         self.log_probs = [own[:count] for own, count in pairs]
@@ -85,9 +92,17 @@ class ReferencePrefixScores:
         return own_rows, own_labels
 
     def _empty(self, frames: Float64Array) -> Row:
-        silent = np.concatenate([[0.0], np.cumsum(frames[:, self.blank])])
+        silent = np.concatenate([[0.0], np.cumsum(self._silences(frames))])
         silent[silent <= self.log_cut] = NEVER
         return Row(None, 0.0, silent, silent)
+
+    def _silences(self, frames: Float64Array) -> Float64Array:
+        """Log-prob of what may be said between words without adding to the text, [frames]."""
+        silent: Float64Array = frames[:, self.blank]
+        return silent if self.delimiter is None else np.logaddexp(silent, frames[:, self.delimiter])
+
+    def _adds_nothing(self, row: Row, label: int) -> bool:
+        return self.delimiter is not None and label == self.delimiter and row.last_label in (None, self.delimiter)
 
     def _entries(self, row: Row, frames: Float64Array, label: int) -> Float64Array:
         """Log-prob that the label is said for the first time at each frame, [frames]."""
@@ -98,12 +113,28 @@ class ReferencePrefixScores:
     def _score(self, row: Row, frames: Float64Array, label: int) -> float:
         if row.log_psi == NEVER:
             return NEVER
-        mass = row.any[-1] if label == END else np.logaddexp.reduce(self._entries(row, frames, label), initial=NEVER)
+        if self._adds_nothing(row, label):
+            return 0.0
+        mass = (
+            self._ending(row, frames)
+            if label == END
+            else np.logaddexp.reduce(self._entries(row, frames, label), initial=NEVER)
+        )
         score = float(mass) - row.log_psi
         return score if score >= IMPOSSIBLE_BELOW else NEVER
 
+    def _ending(self, row: Row, frames: Float64Array) -> float:
+        """Log-prob of all alignments that end with the prefix, or with delimiters after it."""
+        whole = float(row.any[-1])
+        if self.delimiter is None or row.last_label in (None, self.delimiter):
+            return whole
+        after, silent = NEVER, self._silences(frames)
+        for t in range(len(frames)):
+            after = float(np.logaddexp(after + silent[t], row.any[t] + frames[t, self.delimiter]))
+        return float(np.logaddexp(whole, after))
+
     def _extended(self, row: Row, frames: Float64Array, label: int) -> Row:
-        if label == NOTHING:
+        if label == NOTHING or (row.log_psi != NEVER and self._adds_nothing(row, label)):
             return row
         never = np.full(len(frames) + 1, NEVER)
         score = NEVER if label == END else self._score(row, frames, label)
@@ -115,9 +146,14 @@ class ReferencePrefixScores:
         entries[np.logaddexp.accumulate(entries) <= threshold] = NEVER
         to_come = np.append(np.logaddexp.accumulate(entries[::-1])[::-1], NEVER)
         in_label, in_blank = never.copy(), never.copy()
+        parts = label == self.delimiter
+        silent = self._silences(frames) if parts else frames[:, self.blank]
         for t in range(len(frames)):
-            in_label[t + 1] = np.logaddexp(in_label[t] + frames[t, label], entries[t])
-            in_blank[t + 1] = np.logaddexp(in_blank[t], in_label[t]) + frames[t, self.blank]
+            if parts:  # another delimiter adds nothing, so that "blank" holds for both
+                in_blank[t + 1] = np.logaddexp(in_blank[t] + silent[t], entries[t])
+            else:
+                in_label[t + 1] = np.logaddexp(in_label[t] + frames[t, label], entries[t])
+                in_blank[t + 1] = np.logaddexp(in_blank[t], in_label[t]) + silent[t]
             has_begun = np.isfinite(entries[: t + 1]).any()
             if has_begun and np.logaddexp(np.logaddexp(in_label[t + 1], in_blank[t + 1]), to_come[t + 1]) <= threshold:
                 in_label[t + 1] = in_blank[t + 1] = NEVER
