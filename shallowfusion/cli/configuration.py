@@ -77,6 +77,7 @@ def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:
         arguments.dtype,
         arguments.internal_context,
         getattr(arguments, "lm_bridge", None),
+        ctc=getattr(arguments, "ctc", None),
     )
 
 

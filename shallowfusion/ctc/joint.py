@@ -27,7 +27,7 @@ from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.loop import SearchPlan
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["CtcFrames", "JointCtc", "check_heard", "joint_scorers"]
+__all__ = ["CtcFrames", "JointCtc", "check_heard", "check_rate", "heard_by", "joint_scorers"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,7 @@ class JointCtc:
     """
 
     def __init__(self, model: CtcModel, acoustic: AcousticModel, without_label: WithoutLabel = "neutral") -> None:
-        rate = acoustic.features.sampling_rate
-        require(
-            model.sampling_rate == rate,
-            f"{model.name} hears {model.sampling_rate} samples per second and {acoustic.name} {rate}, so they cannot "
-            f"hear the same recording; wanted a CTC model at {rate}.",
-        )
+        check_rate(model, acoustic)
         self.model = model
         self._vocabulary: Vocabulary = acoustic.scorer.vocabulary
         self.spelling = _spelling(self._vocabulary, model, without_label)
@@ -83,9 +78,7 @@ class JointCtc:
 
     def frames(self, samples: Sequence[Tensor]) -> CtcFrames:
         """What the model hears in recordings, float [samples] each, at `model.sampling_rate`."""
-        shortest = round(SHORTEST_SECONDS * self.model.sampling_rate)
-        filled = [torch.nn.functional.pad(own, (0, max(0, shortest - len(own)))) for own in samples]
-        return CtcFrames(*self.model.log_probs(filled))
+        return heard_by(self.model, samples)
 
     def scorer(self, frames: CtcFrames, utterances: int, weight: float) -> CandidateScorer:
         """A scorer for one search; an utterance of which the model said NaN is impossible, and flagged.
@@ -114,6 +107,23 @@ class JointCtc:
                 "the CTC model %s is loaded but not heard, for ctc_weight is 0; give ctc_weight, for instance 0.3.",
                 self.model.name,
             )
+
+
+def heard_by(model: CtcModel, samples: Sequence[Tensor]) -> CtcFrames:
+    """What a CTC model hears in recordings, float [samples] each; very short ones are filled up with silence."""
+    shortest = round(SHORTEST_SECONDS * model.sampling_rate)
+    filled = [torch.nn.functional.pad(own, (0, max(0, shortest - len(own)))) for own in samples]
+    return CtcFrames(*model.log_probs(filled))
+
+
+def check_rate(model: CtcModel, acoustic: AcousticModel) -> None:
+    """Refuse a CTC model that cannot hear what the acoustic model hears."""
+    rate = acoustic.features.sampling_rate
+    require(
+        model.sampling_rate == rate,
+        f"{model.name} hears {model.sampling_rate} samples per second and {acoustic.name} {rate}, so they cannot "
+        f"hear the same recording; wanted a CTC model at {rate}.",
+    )
 
 
 def joint_scorers(

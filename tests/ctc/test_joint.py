@@ -192,6 +192,7 @@ def test_a_rule_that_gives_language_models_up_keeps_the_ctc_model() -> None:
     plain = FusionDecoder(decoder.acoustic, ctc=toy_model())
     wanted = plain.decode(encoded, ctc_frames=frames, ctc_weight=0.3, **FAST)
     assert [result.best.total for result in found] == [result.best.total for result in wanted]
+    assert all("lm_distrusted" in result.flags for result in found)
 
 
 def test_what_has_not_been_heard_is_refused() -> None:
