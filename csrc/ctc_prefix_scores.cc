@@ -89,12 +89,13 @@ bool CtcPrefixUtterance::adds_nothing(const CtcPrefixRow& row, int64_t label) co
   return label == delimiter_ && delimiter_ >= 0 && (row.last_label < 0 || row.last_label == delimiter_);
 }
 
-// psi(row, end) / psi(row): the delimiters after the last word do not count.
+// psi(row, end) / psi(row): the delimiters after the last word do not count, whether the row has said one or not.
 double CtcPrefixUtterance::ending(const CtcPrefixRow& row) {
+  if (delimiter_ >= 0 && row.last_label == delimiter_) return row.ending;
   if (row.any.empty()) return 0.0;
   const auto stored = static_cast<int64_t>(row.any.size());
   const double whole = row.first + stored == num_frames_ + 1 ? row.any.back() : 0.0;
-  if (delimiter_ < 0 || row.last_label < 0 || row.last_label == delimiter_) return whole;
+  if (delimiter_ < 0 || row.last_label < 0) return whole;
   const double* silent = silences();
   const double* parting = column(delimiter_).data();
   double after = 0.0;
@@ -155,6 +156,7 @@ CtcPrefixUtterance::Row CtcPrefixUtterance::extended(const CtcPrefixRow& row, in
   const double* spoken = column(label).data();
   // After a delimiter another adds nothing, so that the row is in one state: "blank" holds for both.
   const bool parts = label == delimiter_;
+  const double ended = parts ? ending(row) : 0.0;
   const double* blanks = parts ? silences() : column(blank_).data();
   // entries[t]: share of psi(row + label) that says the label at frame t for the first time; then its sums to the end.
   const int64_t last = std::min(row.first + static_cast<int64_t>(before.size()), num_frames_);
@@ -171,6 +173,7 @@ CtcPrefixUtterance::Row CtcPrefixUtterance::extended(const CtcPrefixRow& row, in
   next->last_label = label;
   next->log_psi = row.log_psi + std::log(ratio);
   next->first = start + 1;
+  next->ending = ended * scale;
   any_.clear();
   in_blank_.clear();
   for (int64_t t = num_frames_ - 1; t >= start; --t) entries_[t] += entries_[t + 1];

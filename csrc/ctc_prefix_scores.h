@@ -19,6 +19,7 @@ struct CtcPrefixRow {
   double log_psi = 0.0;       // -inf = impossible, or ended
   std::vector<double> any;    // all alignments
   std::vector<double> blank;  // those that end in blank
+  double ending = 0.0;        // of a prefix that ends in a delimiter: psi(the prefix without it, end)
 };
 
 // The frames of one utterance and its live rows.

@@ -38,12 +38,10 @@ class Written(NamedTuple):
 
     Args:
         rest: bytes of a character that is not complete.
-        parts: a word has ended, and no other has begun.
         word: the word in the making, for spellings that wait for its end.
     """
 
     rest: bytes = b""
-    parts: bool = False
     word: str = ""
 
 
@@ -62,8 +60,8 @@ class LabelSpelling(Protocol):
         """The labels that a text token adds, none for special tokens, and what is then left; UNSAYABLE may be one."""
         ...
 
-    def end(self, written: Written) -> Labels:
-        """The labels that are due when the text ends here."""
+    def ahead(self, written: Written) -> Labels:
+        """The labels of what is written and not said yet, as if it were complete."""
         ...
 
 
@@ -138,14 +136,14 @@ class TokenSpelling:
     def spell(self, written: Written, token: int) -> tuple[Labels, Written]:
         return self._labels[token], written
 
-    def end(self, written: Written) -> Labels:
+    def ahead(self, written: Written) -> Labels:
         return ()
 
 
 class LetterSpelling:
     """For labels that are characters: every character is said at once.
 
-    A delimiter is said when the next word begins, so that the space at the end of a text asks for no sound.
+    Where words are parted more than once, or before the first, the prefix scores see to it that it does not count.
 
     Args:
         tokens: text tokens; the end token is the search's business.
@@ -195,25 +193,21 @@ class LetterSpelling:
         own = self._write(text)
         if own is None:
             return (UNSAYABLE,), FRESH
-        labels, parts = [], written.parts
+        labels: list[int] = []
         for character in own:
-            if character == PARTS and PARTS not in self._labels:
-                parts = self.delimiter is not None
-                continue
-            if parts and self.delimiter is not None:
-                labels.append(self.delimiter)
-                parts = False
-            labels.append(self._labels[character])
-        return tuple(labels), Written(rest, parts)
+            label = self._labels.get(character, self.delimiter)  # what parts words may be a label, a delimiter, nothing
+            if label is not None and (label != self.delimiter or labels[-1:] != [label]):
+                labels.append(label)
+        return tuple(labels), Written(rest)
 
-    def end(self, written: Written) -> Labels:
+    def ahead(self, written: Written) -> Labels:
         return ()
 
 
 class PieceSpelling:
     """For labels that are pieces of words: a word is said when it is complete, as the CTC model's tokenizer cuts it.
 
-    The token that begins the next word, or the end, bears the score of the word before it.
+    The word in the making is lent the score of its letters so far, cut as if they were the word.
 
     Args:
         tokenizer: of the CTC model.
@@ -253,9 +247,9 @@ class PieceSpelling:
         if own is None:
             return (UNSAYABLE,), FRESH
         *complete, word = (written.word + own).split(PARTS)
-        return tuple(label for each in complete for label in self._word(each)), Written(rest, False, word)
+        return tuple(label for each in complete for label in self._word(each)), Written(rest, word)
 
-    def end(self, written: Written) -> Labels:
+    def ahead(self, written: Written) -> Labels:
         return self._word(written.word)
 
     def _word(self, word: str) -> Labels:

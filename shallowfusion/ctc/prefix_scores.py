@@ -41,9 +41,9 @@ class PrefixScoresProtocol(Protocol):
     `END` or, for what CTC knows nothing of, `NOTHING`: it scores 0 and leaves the prefix as it is.
 
     With a `delimiter` (the label between words), texts are what their words say: delimiters before the first word and
-    after another delimiter score 0 and leave the prefix as it is, and the end counts the alignments that go on with
-    delimiters after the last word. For the frames this means P_t(blank) + P_t(delimiter) in place of P_t(blank) while
-    the prefix is empty or ends in a delimiter.
+    after another delimiter score 0 and leave the prefix as it is, and the end counts all alignments of the words, with
+    delimiters after the last or without, whether the prefix has said one or not; so it may score above 0. For the
+    frames this means P_t(blank) + P_t(delimiter) in place of P_t(blank) while the prefix is empty or ends in one.
 
     Numbers are float64 relative to psi of their row, so they do not underflow with the length of the text; a label
     that is less likely than e^-598 after a prefix is impossible (-inf), and so is everything after it.

@@ -26,12 +26,16 @@ NEVER = -math.inf
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Log-probs [frames + 1] of having said the prefix after so many frames; `blank` counts endings in blank only."""
+    """Log-probs [frames + 1] of having said the prefix after so many frames; `blank` counts endings in blank only.
+
+    `log_end` is that of the text if the prefix ends in a delimiter: it is that of the prefix without it.
+    """
 
     last_label: int | None
     log_psi: float
     any: Float64Array
     blank: Float64Array
+    log_end: float | None = None
 
 
 class ReferencePrefixScores:
@@ -125,8 +129,10 @@ class ReferencePrefixScores:
 
     def _ending(self, row: Row, frames: Float64Array) -> float:
         """Log-prob of all alignments that end with the prefix, or with delimiters after it."""
+        if row.log_end is not None:
+            return row.log_end
         whole = float(row.any[-1])
-        if self.delimiter is None or row.last_label in (None, self.delimiter):
+        if self.delimiter is None or row.last_label is None:
             return whole
         after, silent = NEVER, self._silences(frames)
         for t in range(len(frames)):
@@ -158,4 +164,5 @@ class ReferencePrefixScores:
             if has_begun and np.logaddexp(np.logaddexp(in_label[t + 1], in_blank[t + 1]), to_come[t + 1]) <= threshold:
                 in_label[t + 1] = in_blank[t + 1] = NEVER
                 break
-        return Row(label, log_psi, np.logaddexp(in_label, in_blank), in_blank)
+        log_end = self._ending(row, frames) if parts else None
+        return Row(label, log_psi, np.logaddexp(in_label, in_blank), in_blank, log_end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +19,29 @@ Float64Array = npt.NDArray[np.float64]
 Labels = tuple[int, ...]
 
 
+class Wanted(NamedTuple):
+    """A candidate: its row, the labels it adds, what is then written, and the labels of a word in the making."""
+
+    row: int
+    labels: Labels
+    written: Written
+    ahead: Labels = ()
+
+
 @dataclass
 class Paths:
     """What is known of one utterance: its rows, and within a step the rows and scores of labels that follow them.
 
     Args:
         written: of each row that the search has.
+        lent: what each row was given for a word in the making, nats.
         size: rows of the prefix scores, those of the search first.
         scores: by row and label.
         rows: the row that continues a row with a label.
     """
 
     written: list[Written]
+    lent: list[float]
     size: int
     scores: dict[tuple[int, int], float] = field(default_factory=dict)
     rows: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -39,7 +51,9 @@ class SpelledPrefixScorer:
     """A `CandidateScorer`: a token scores what its labels score, appended one by one to what the row has said.
 
     The increment is log psi(text + token) - log psi(text) of the texts in labels (see `PrefixScoresProtocol`), 0 for a
-    token that adds none, -inf for one that cannot be said. Along a finished text the parts sum to its CTC log-prob.
+    token that adds none, -inf for one that cannot be said. Where labels wait for the end of a word, the text so far is
+    scored as if the word ended here, and the next token gives that back. Along a finished text the parts sum to its CTC
+    log-prob.
 
     Price: prefix scores of the distinct labels of a step's candidates, level by level: two calls for each label of the
     longest, and one row of the prefix scores for each distinct beginning.
@@ -65,15 +79,16 @@ class SpelledPrefixScorer:
         self.weight = weight
         self._scores, self._spelling, self._end_id = scores, spelling, end_id
         self._broken = broken
-        self._paths = [Paths([FRESH], 1) for _ in broken]
+        self._paths = [Paths([FRESH], [0.0], 1) for _ in broken]
 
     def increments(self, lanes: Int64Array, tokens: Int64Array) -> Float64Array:
         wanted = [self._wanted(paths, *pair) for paths, *pair in zip(self._paths, lanes, tokens, strict=True)]
         self._climb(wanted)
         found = np.zeros(tokens.shape)
         for utterance, (paths, listed) in enumerate(zip(self._paths, wanted, strict=True)):
-            for place, (row, labels, _) in enumerate(listed):
-                found[utterance, place] = _total(paths, row, labels)
+            for place, own in enumerate(listed):
+                total = _total(paths, own.row, own.labels) - paths.lent[own.row]
+                found[utterance, place] = total + _lent(paths, own)
         found[self._broken] = np.nan
         return found
 
@@ -82,33 +97,38 @@ class SpelledPrefixScorer:
         self._climb(wanted)
         rows, last = np.zeros(tokens.shape, dtype=np.int64), np.full(tokens.shape, NOTHING)
         for utterance, (paths, listed) in enumerate(zip(self._paths, wanted, strict=True)):
-            for place, (row, labels, _) in enumerate(listed):
-                rows[utterance, place], last[utterance, place] = _last_step(paths, row, labels)
+            for place, own in enumerate(listed):
+                rows[utterance, place], last[utterance, place] = _last_step(paths, own.row, own.labels)
         self._scores.follow(rows, last)
-        self._paths = [Paths([after for _, _, after in listed], len(listed)) for listed in wanted]
+        self._paths = [
+            Paths([own.written for own in listed], [_lent(paths, own) for own in listed], len(listed))
+            for paths, listed in zip(self._paths, wanted, strict=True)
+        ]
 
     def keep(self, order: Sequence[int]) -> None:
         self._scores.keep(order)
         self._paths = [self._paths[place] for place in order]
         self._broken = self._broken[list(order)]
 
-    def _wanted(self, paths: Paths, lanes: Int64Array, tokens: Int64Array) -> list[tuple[int, Labels, Written]]:
-        """Of each candidate its row, the labels it adds, and what is then written; no labels where there is none."""
-        found: list[tuple[int, Labels, Written]] = []
+    def _wanted(self, paths: Paths, lanes: Int64Array, tokens: Int64Array) -> list[Wanted]:
+        """Of each candidate; where there is none, one without labels."""
+        found = []
         for lane, token in zip(lanes.tolist(), tokens.tolist(), strict=True):
             row = max(lane, 0)
             written = paths.written[row]
             if lane < 0 or token < 0:
-                found.append((row, (), written))
+                found.append(Wanted(row, (), written, self._spelling.ahead(written)))
             elif token == self._end_id:
-                found.append((row, (*self._spelling.end(written), END), FRESH))
+                found.append(Wanted(row, (*self._spelling.ahead(written), END), FRESH))
             else:
-                found.append((row, *self._spelling.spell(written, token)))
+                labels, after = self._spelling.spell(written, token)
+                found.append(Wanted(row, labels, after, self._spelling.ahead(after)))
         return found
 
-    def _climb(self, wanted: Sequence[Sequence[tuple[int, Labels, Written]]]) -> None:
+    def _climb(self, wanted: Sequence[Sequence[Wanted]]) -> None:
         """Score the labels of all candidates, those after the same beginning once, one label deeper each time."""
-        fronts = [{(row, labels) for row, labels, _ in listed if _is_sayable(labels)} for listed in wanted]
+        fronts = [{(own.row, own.labels + ahead) for own in listed for ahead in {(), own.ahead}} for listed in wanted]
+        fronts = [{(row, labels) for row, labels in front if _is_sayable(labels)} for front in fronts]
         while any(fronts):
             new = [
                 sorted({(row, labels[0]) for row, labels in front} - paths.scores.keys())
@@ -155,6 +175,15 @@ def _total(paths: Paths, row: int, labels: Labels) -> float:
         if place + 1 < len(labels):
             row = paths.rows[row, label]
     return total
+
+
+def _lent(paths: Paths, own: Wanted) -> float:
+    """What the word in the making scores beside the labels before it; 0 where it could only be another word."""
+    if not own.ahead or UNSAYABLE in own.ahead:
+        return 0.0
+    said = _total(paths, own.row, own.labels)
+    ahead = _total(paths, own.row, own.labels + own.ahead)
+    return ahead - said if ahead > -np.inf else 0.0
 
 
 def _last_step(paths: Paths, row: int, labels: Labels) -> tuple[int, int]:

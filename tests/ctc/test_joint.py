@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from shallowfusion import FusionDecoder, fusion
 from shallowfusion.ctc.joint import CtcFrames, JointCtc
@@ -25,7 +26,7 @@ from tests.ctc.conftest import random_log_probs
 from tests.ctc.joint import joint_decoder
 from tests.ctc.test_prefix_scorer import FAST, attention_log_prob
 from tests.ctc.test_spelled_scorer import text_probabilities
-from tests.ctc.tiny_models import save_tiny_model
+from tests.ctc.tiny_models import PIECES, save_tiny_model
 from tests.shipped import ASR, clip
 from tests.shipped import decoder as shipped_decoder
 
@@ -39,10 +40,10 @@ def toy_model(labels: tuple[str, ...] = LETTERS, delimiter: int | None = 1, **ch
     return dataclasses.replace(made, **changes)
 
 
-def lettered_whisper(seed: int = 0) -> Any:
-    """The tiny Whisper, its first tokens of the letters a and b."""
+def lettered_whisper(seed: int = 0, texts: tuple[bytes, ...] = TEXTS) -> Any:
+    """The tiny Whisper, its first tokens with texts of letters, the others without."""
     acoustic = tiny.tiny_whisper(seed)
-    tokens = (*TEXTS, *[None] * (tiny.ACOUSTIC_VOCAB - len(TEXTS)))
+    tokens = (*texts, *[None] * (tiny.ACOUSTIC_VOCAB - len(texts)))
     scorer = WhisperScorer(acoustic.scorer.model, Vocabulary(tokens, tiny.END, None, "lettered"))
     return dataclasses.replace(acoustic, scorer=scorer)
 
@@ -89,12 +90,41 @@ def test_a_wide_joint_search_is_exhaustive_over_spelled_texts() -> None:
         for length in range(4):
             for tokens in itertools.product(range(len(TEXTS)), repeat=length):
                 text = b"".join(TEXTS[token] for token in tokens).decode().upper().replace(".", "").strip()
-                heard = np.log(probabilities.get(" ".join(text.split()), 0.0) + 1e-300)
+                words = " ".join(text.split())
+                found = probabilities.get(words, 0.0) + (probabilities.get(words + " ", 0.0) if words else 0.0)
+                heard = np.log(found + 1e-300)
                 scores[tokens] = 0.55 * attention_log_prob(decoder, own, list(tokens)) + 0.45 * heard
         ended = [hypothesis for hypothesis in result.n_best if hypothesis.ended]
         assert ended[0].total == pytest.approx(max(scores.values()), abs=1e-3)
         for hypothesis in ended[:20]:
             assert hypothesis.total == pytest.approx(scores[hypothesis.token_ids], abs=1e-3)
+
+
+def test_pieces_score_what_torch_says_of_the_labels_of_their_tokenizer(tmp_path: Path) -> None:
+    save_tiny_model("parakeet_ctc", tmp_path)
+    texts, blank = (b" Th", b"e", b" cat", b"s", b" a,"), len(PIECES)
+    model = toy_model((*PIECES, "<blank>"), None, blank=blank, word_start="\u2581", silenced=(0,))
+    model = dataclasses.replace(model, tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    decoder = FusionDecoder(lettered_whisper(1, texts), ctc=model)
+    encoded, frames = tiny.random_encoder_output(decoder.acoustic, 3), frames_of(3, 3, blank + 1, 20)
+    others = [token for token in range(tiny.ACOUSTIC_VOCAB) if token >= len(texts) and token != tiny.END]
+    results = decoder.decode(
+        encoded, ctc_frames=frames, beam_size=6, n_best=6, max_new_tokens=20, suppress_tokens=others, ctc_weight=0.3
+    )
+    seen = 0
+    for utterance, result in enumerate(results):
+        for hypothesis in result.n_best:
+            if hypothesis.ended:
+                text = b"".join(texts[token] for token in hypothesis.token_ids).decode().lower().replace(",", "")
+                ids = [i for i in model.tokenizer(text.strip(), add_special_tokens=False)["input_ids"] if i]
+                count = int(frames.lengths[utterance])
+                log_probs = torch.from_numpy(frames.log_probs[utterance, :count, None]).double()
+                loss = torch.nn.functional.ctc_loss(
+                    log_probs, torch.tensor([ids]), torch.tensor([count]), torch.tensor([len(ids)]), blank, "sum"
+                )
+                assert hypothesis.parts["ctc"] == pytest.approx(-float(loss), abs=1e-3)
+                seen += len(ids) > 1
+    assert seen > 3
 
 
 def test_labels_that_are_the_tokens_give_the_results_of_the_own_head_to_the_bit() -> None:

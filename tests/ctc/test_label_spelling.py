@@ -41,11 +41,13 @@ def written_labels(spelling: LabelSpelling, tokens: Any) -> list[int]:
     for token in tokens:
         labels, state = spelling.spell(state, token)
         found += labels
-    return [*found, *spelling.end(state)]
+    return [*found, *spelling.ahead(state)]
 
 
 def letters(alphabet: CtcAlphabet, labels: list[int]) -> str:
-    return "".join("?" if label == UNSAYABLE else alphabet.labels[label] for label in labels)
+    """As the prefix scores count them: delimiters only between words."""
+    text = "".join("?" if label == UNSAYABLE else alphabet.labels[label] for label in labels)
+    return "|".join(filter(None, text.split("|"))) if alphabet.delimiter is not None else text
 
 
 def spelled(text: str, **options: Any) -> str:
@@ -57,7 +59,7 @@ def spelled(text: str, **options: Any) -> str:
     ("text", "wanted"),
     [
         ("Hello", "HELLO"),
-        (" hello, world.", "|HELLO|WORLD"),
+        (" hello, world.", "HELLO|WORLD"),
         ("well-known \u2013 x", "WELL|KNOWN|X"),
         ("caf\u00e9 na\u00efve", "CAFE|NAIVE"),
         ("cafe\u0301", "CAFE"),
@@ -68,7 +70,7 @@ def spelled(text: str, **options: Any) -> str:
         ("in 1998 we", "IN|WE"),
         ("a\n\t b  ", "A|B"),
         ("...", ""),
-        ("\u4f60 a", "|A"),
+        ("\u4f60 a", "A"),
     ],
 )
 def test_text_is_written_in_the_alphabet(text: str, wanted: str) -> None:
@@ -96,8 +98,10 @@ def test_without_a_delimiter_a_space_is_a_label_or_nothing() -> None:
         assert letters(alphabet, written_labels(spelling, [1, 1, 2])) == wanted
 
 
-def test_a_delimiter_waits_for_the_next_word() -> None:
-    spelling = LetterSpelling(vocabulary("a ", " ", "-", "b"), WORDS, SILENCED)
+def test_a_delimiter_is_said_at_once_and_once_in_a_token() -> None:
+    spelling = LetterSpelling(vocabulary("a ", " ", "-", "b", " - b"), WORDS, SILENCED)
+    assert spelling.spell(FRESH, 1)[0] == (7, 4)
+    assert spelling.spell(FRESH, 5)[0] == (4, UPPER.index("B"))
     assert letters(WORDS, written_labels(spelling, [1, 2, 3, 2])) == "A"
     assert letters(WORDS, written_labels(spelling, [1, 2, 3, 4])) == "A|B"
 
@@ -118,7 +122,7 @@ def test_how_a_text_is_cut_into_tokens_does_not_matter(text: str, data: st.DataO
     parts = [raw[start:end] for start, end in itertools.pairwise(cuts)]
     whole = LetterSpelling(vocabulary("e", raw), WORDS, SILENCED)
     cut = LetterSpelling(vocabulary("e", *parts), WORDS, SILENCED)
-    assert written_labels(cut, range(2, 2 + len(parts))) == written_labels(whole, [2])
+    assert letters(WORDS, written_labels(cut, range(2, 2 + len(parts)))) == letters(WORDS, written_labels(whole, [2]))
 
 
 def test_pieces_are_those_of_the_tokenizer_once_a_word_is_complete(tmp_path: Path) -> None:
@@ -131,10 +135,10 @@ def test_pieces_are_those_of_the_tokenizer_once_a_word_is_complete(tmp_path: Pat
         labels, state = spelling.spell(state, token)
         found.append([alphabet.labels[label] for label in labels])
     assert found == [[], [], ["\u2581the"], [], ["\u2581cat", "s"]]
-    assert spelling.end(state) == ()
+    assert spelling.ahead(state) == ()
     strict = PieceSpelling(vocabulary(" the9", " the"), alphabet, tokenizer, (0,), "forbid")
     assert strict.spell(FRESH, 1)[0] == (UNSAYABLE,)
-    assert strict.end(strict.spell(FRESH, 2)[1]) == (1,)
+    assert strict.ahead(strict.spell(FRESH, 2)[1]) == (1,)
     with pytest.raises(VocabularyError, match="tokenizer"):
         PieceSpelling(vocabulary("a"), alphabet, None)
 

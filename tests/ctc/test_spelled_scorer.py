@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shallowfusion.ctc.label_spelling import FRESH, LetterSpelling, TokenSpelling
+from shallowfusion.ctc.label_spelling import FRESH, LetterSpelling, PieceSpelling, TokenSpelling
 from shallowfusion.ctc.prefix_scorer import CTCPrefixScorer, token_labels
+from shallowfusion.ctc.prefix_scores import END as LAST
 from shallowfusion.ctc.prefix_scores import PrefixScores
 from shallowfusion.ctc.prefix_scores_reference import ReferencePrefixScores
 from shallowfusion.ctc.settings import CtcAlphabet
@@ -41,19 +42,24 @@ def scorer_of(make: Make, log_probs: np.ndarray, lengths: Any = None, weight: fl
 
 
 def text_probabilities(log_probs: np.ndarray) -> dict[str, float]:
-    """Probability of every text, words parted by one space, over all alignments."""
+    """Probability of every text, words parted by one space and perhaps followed by one, over all alignments."""
     found: dict[str, float] = {}
     probs = np.exp(log_probs.astype(np.float64))
     for alignment in itertools.product(range(probs.shape[1]), repeat=len(probs)):
         labels = [label for label, _ in itertools.groupby(alignment) if label]
-        text = " ".join("".join(" " if label == 1 else ALPHABET.labels[label] for label in labels).split())
+        text = single_spaced("".join(" " if label == 1 else ALPHABET.labels[label] for label in labels))
         found[text] = found.get(text, 0.0) + float(np.prod(probs[np.arange(len(alignment)), alignment]))
     return found
 
 
+def single_spaced(text: str) -> str:
+    words = " ".join(text.split())
+    return words + " " if words and text.endswith(" ") else words
+
+
 def plain(tokens: tuple[int, ...]) -> str:
     text = b"".join(TOKENS[token] or b"" for token in tokens).decode().upper().replace(".", "")
-    return " ".join(text.split())
+    return single_spaced(text)
 
 
 def test_every_text_of_tokens_equals_enumeration(make: Make) -> None:
@@ -73,7 +79,8 @@ def test_every_text_of_tokens_equals_enumeration(make: Make) -> None:
         for utterance, probabilities in enumerate(wanted):
             starts = sum(p for other, p in probabilities.items() if other.startswith(text))
             np.testing.assert_allclose(np.exp(totals[utterance]), starts, rtol=1e-6, atol=1e-12)
-            whole = probabilities.get(text, 0.0)
+            words = text.rstrip() if starts else "nothing that is said"
+            whole = probabilities.get(words, 0.0) + (probabilities.get(words + " ", 0.0) if words else 0.0)
             np.testing.assert_allclose(np.exp(totals[utterance] + ends[utterance]), whole, rtol=1e-6, atol=1e-12)
 
 
@@ -87,6 +94,29 @@ def test_what_adds_nothing_scores_nothing_and_what_cannot_be_said_is_impossible(
     scorer.follow(np.array([[0, 0, 0]]), np.array([[FORBIDDEN, 7, END]]))
     after = scorer.increments(np.array([[0, 1, 2]]), np.array([[2, 2, 2]]))[0]
     assert after.tolist() == [-np.inf, found[5], -np.inf]
+
+
+class Cut:
+    """A tokenizer of three words."""
+
+    def __call__(self, word: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": {"t": [1], "th": [1, 2], "the": [3]}[word]}
+
+
+def test_a_word_in_the_making_is_lent_its_score_and_gives_it_back(make: Make) -> None:
+    log_probs = random_log_probs(2, (1, 12, 4))
+    tokens = Vocabulary((None, b" t", b"h", b"e", b" t"), END, None, "toy")
+    pieces = PieceSpelling(tokens, CtcAlphabet(("", "_t", "h", "_the"), 0, None, "_"), Cut())
+    scorer = SpelledPrefixScorer(make(log_probs, blank=0), pieces, END, 1.0, np.zeros(1, dtype=bool))
+    given, texts = 0.0, ((1, (1,)), (2, (1, 2)), (3, (3,)), (4, (3, 1)), (END, (3, 1, LAST)))
+    for token, labels in texts:
+        scores, wanted = make(log_probs, blank=0), 0.0
+        for label in labels:
+            wanted += scores.scores([[0]], [[label]])[0, 0]
+            scores.follow([[0]], [[label]])
+        given += scorer.increments(np.array([[0]]), np.array([[token]]))[0, 0]
+        assert given == pytest.approx(wanted, abs=1e-9)
+        scorer.follow(np.array([[0]]), np.array([[token]]))
 
 
 def test_an_utterance_of_nan_says_nan_alone(make: Make) -> None:
