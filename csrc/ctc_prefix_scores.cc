@@ -72,7 +72,7 @@ const std::vector<double>& CtcPrefixUtterance::column(int64_t label) {
   return own;
 }
 
-// What may be said between two words, or before the first, without adding to the text.
+// What may be said before the first word and after the last without adding to the text.
 const double* CtcPrefixUtterance::silences() {
   if (delimiter_ < 0) return column(blank_).data();
   if (silences_.empty() && num_frames_ > 0) {
@@ -154,10 +154,8 @@ CtcPrefixUtterance::Row CtcPrefixUtterance::extended(const CtcPrefixRow& row, in
   if (ratio < kSmallest) return dead_row();
   const std::vector<double>& before = label == row.last_label ? row.blank : row.any;
   const double* spoken = column(label).data();
-  // After a delimiter another adds nothing, so that the row is in one state: "blank" holds for both.
-  const bool parts = label == delimiter_;
-  const double ended = parts ? ending(row) : 0.0;
-  const double* blanks = parts ? silences() : column(blank_).data();
+  const double ended = label == delimiter_ ? ending(row) : 0.0;
+  const double* blanks = column(blank_).data();
   // entries[t]: share of psi(row + label) that says the label at frame t for the first time; then its sums to the end.
   const int64_t last = std::min(row.first + static_cast<int64_t>(before.size()), num_frames_);
   const double scale = 1.0 / ratio;
@@ -182,8 +180,8 @@ CtcPrefixUtterance::Row CtcPrefixUtterance::extended(const CtcPrefixRow& row, in
   for (int64_t t = start; t < num_frames_; ++t) {
     const double entering = t < last ? before[t - row.first] * scale * spoken[t] : 0.0;
     const double was_in_label = in_label;
-    in_label = parts ? 0.0 : in_label * spoken[t] + entering;
-    in_blank = (in_blank + was_in_label) * blanks[t] + (parts ? entering : 0.0);
+    in_label = in_label * spoken[t] + entering;
+    in_blank = (in_blank + was_in_label) * blanks[t];
     if (in_label + in_blank + entries_[t + 1] <= cut_) break;
     any_.push_back(in_label + in_blank);
     in_blank_.push_back(in_blank);

@@ -40,10 +40,10 @@ class PrefixScoresProtocol(Protocol):
     A score is log psi(h) - log psi(g): along a text the scores sum to its CTC log-probability. A label can be a label,
     `END` or, for what CTC knows nothing of, `NOTHING`: it scores 0 and leaves the prefix as it is.
 
-    With a `delimiter` (the label between words), texts are what their words say: delimiters before the first word and
-    after another delimiter score 0 and leave the prefix as it is, and the end counts all alignments of the words, with
-    delimiters after the last or without, whether the prefix has said one or not; so it may score above 0. For the
-    frames this means P_t(blank) + P_t(delimiter) in place of P_t(blank) while the prefix is empty or ends in one.
+    With a `delimiter` (the label between words), a text is its words: delimiters before the first and after the last
+    are silence. Alignments may say any number of them there; between two words they say one. To a prefix that is empty
+    or ends in a delimiter another adds nothing and scores 0. The end counts all alignments of the words, whether the
+    prefix has said a delimiter after the last one or not, so it may score above 0.
 
     Numbers are float64 relative to psi of their row, so they do not underflow with the length of the text; a label
     that is less likely than e^-598 after a prefix is impossible (-inf), and so is everything after it.

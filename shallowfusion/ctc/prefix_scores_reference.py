@@ -101,7 +101,7 @@ class ReferencePrefixScores:
         return Row(None, 0.0, silent, silent)
 
     def _silences(self, frames: Float64Array) -> Float64Array:
-        """Log-prob of what may be said between words without adding to the text, [frames]."""
+        """Log-prob of what may be said before the first and after the last word without adding, [frames]."""
         silent: Float64Array = frames[:, self.blank]
         return silent if self.delimiter is None else np.logaddexp(silent, frames[:, self.delimiter])
 
@@ -152,17 +152,12 @@ class ReferencePrefixScores:
         entries[np.logaddexp.accumulate(entries) <= threshold] = NEVER
         to_come = np.append(np.logaddexp.accumulate(entries[::-1])[::-1], NEVER)
         in_label, in_blank = never.copy(), never.copy()
-        parts = label == self.delimiter
-        silent = self._silences(frames) if parts else frames[:, self.blank]
         for t in range(len(frames)):
-            if parts:  # another delimiter adds nothing, so that "blank" holds for both
-                in_blank[t + 1] = np.logaddexp(in_blank[t] + silent[t], entries[t])
-            else:
-                in_label[t + 1] = np.logaddexp(in_label[t] + frames[t, label], entries[t])
-                in_blank[t + 1] = np.logaddexp(in_blank[t], in_label[t]) + silent[t]
+            in_label[t + 1] = np.logaddexp(in_label[t] + frames[t, label], entries[t])
+            in_blank[t + 1] = np.logaddexp(in_blank[t], in_label[t]) + frames[t, self.blank]
             has_begun = np.isfinite(entries[: t + 1]).any()
             if has_begun and np.logaddexp(np.logaddexp(in_label[t + 1], in_blank[t + 1]), to_come[t + 1]) <= threshold:
                 in_label[t + 1] = in_blank[t + 1] = NEVER
                 break
-        log_end = self._ending(row, frames) if parts else None
+        log_end = self._ending(row, frames) if label == self.delimiter else None
         return Row(label, log_psi, np.logaddexp(in_label, in_blank), in_blank, log_end)

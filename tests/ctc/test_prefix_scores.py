@@ -150,8 +150,8 @@ def test_words_of_every_length_equal_enumeration(make: Make, blank: int, delimit
     for utterance, length in enumerate(lengths):
         wanted: dict[tuple[int, ...], float] = {}
         for text, p in enumerated(log_probs[utterance, :length], blank).items():
-            plain = words(text, delimiter)
-            wanted[plain] = wanted.get(plain, 0.0) + p
+            begun = tuple(itertools.dropwhile(lambda label: label == delimiter, text))
+            wanted[begun] = wanted.get(begun, 0.0) + p
         for size in range(5):
             for text in itertools.product(labels, repeat=size):
                 plain = words(text, delimiter)
@@ -160,7 +160,11 @@ def test_words_of_every_length_equal_enumeration(make: Make, blank: int, delimit
                 starts = sum(p for other, p in wanted.items() if other[: len(plain)] == plain)
                 np.testing.assert_allclose(np.exp(beginning), starts, rtol=1e-6, atol=1e-12)
                 said = plain[:-1] if plain[-1:] == (delimiter,) else plain
-                ends = wanted.get(said, 0.0) + (wanted.get((*said, delimiter), 0.0) if said else 0.0)
+                ends = sum(
+                    p
+                    for other, p in wanted.items()
+                    if other[: len(said)] == said and set(other[len(said) :]) <= {delimiter}
+                )
                 ends = ends if starts else 0.0  # what no alignment says has no end
                 np.testing.assert_allclose(np.exp(whole), ends, rtol=1e-6, atol=1e-12)
 
