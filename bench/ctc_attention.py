@@ -16,8 +16,10 @@ import torch
 
 from bench.recognition import save
 from bench.rules import BATCH, Set, encoded
-from shallowfusion import FusionDecoder, fusion
+from shallowfusion import DecodingOptions, FusionDecoder, fusion
 from shallowfusion.attention_rescoring import AttentionRescorer, RescoringOptions
+from shallowfusion.ctc.joint import CtcFrames
+from shallowfusion.ctc.models import CtcModel
 from shallowfusion.ctc.settings import CtcOptions
 from shallowfusion.demo.recordings import an4_recordings
 from shallowfusion.demo.shipped import HERE, model_directory, read_manifest
@@ -76,6 +78,24 @@ def joint(decoder: FusionDecoder, own: Set, ctc_weight: float, lm_weight: float)
     return texts
 
 
+def spelled(decoder: FusionDecoder, own: Set, ctc_weight: float, lm_weight: float) -> list[str]:
+    """As `joint`, but the head is a CTC model of its own, in capitals, with "|" between words."""
+    head = decoder.acoustic.ctc_head
+    assert head is not None
+    labels = tuple("|" if label == " " else label.upper() for label in head.labels)
+    mark, rate = labels.index("|"), decoder.acoustic.features.sampling_rate
+    model = CtcModel("head", None, None, labels, head.blank, mark, None, (), rate, head.frame_seconds)
+    beside = FusionDecoder(decoder.acoustic, decoder.language_models, ctc=model)
+    options = DecodingOptions(
+        beam_size=BEAM, rule=fusion.static([lm_weight] * len(decoder.language_models)), ctc_weight=ctc_weight
+    )
+    texts: list[str] = []
+    for first in range(0, len(own.references), BATCH):
+        states = own.states[first : first + BATCH]
+        texts += [r.text for r in beside.decode(states, options, ctc_frames=CtcFrames(head.log_probs(states)))]
+    return texts
+
+
 class Rescoring:
     """The lists of the CTC search with all parts, made once per set, then ranked under any weights."""
 
@@ -103,6 +123,7 @@ def systems(has_lm: bool) -> list[System]:
         System("attention", (0.0,), weights, joint),
         System("CTC beam", (1.0,), weights, lists, LIST),
         System("joint CTC-attention", CTC_WEIGHTS, weights, joint),
+        System("joint, the head spelled as another model", CTC_WEIGHTS, weights, spelled),
         System("attention rescoring of the CTC beam", RESCORING_WEIGHTS, weights, lists, LIST),
     ]
     return found if has_lm else [System("CTC greedy", (1.0,), (0.0,), greedy, 1), *found]

@@ -44,10 +44,12 @@ std::vector<float> by_label(const float* frames_first, int64_t frames, int64_t l
 // The utterances of a batch. Calls run without the GIL, so a lock keeps other threads out meanwhile.
 class CtcPrefixScores {
  public:
-  CtcPrefixScores(const Array<float>& log_probs, const Array<int64_t>& counts, int64_t blank, double cut, int threads)
+  CtcPrefixScores(const Array<float>& log_probs, const Array<int64_t>& counts, int64_t blank, int64_t delimiter,
+                  double cut, int threads)
       : num_labels_(log_probs.ndim() == 3 ? log_probs.shape(2) : 0), blank_(blank), threads_(threads) {
     require(num_labels_ >= 1, "log_probs must have shape [utterances, frames, labels] with at least one label.");
     require(blank >= 0 && blank < num_labels_, "blank must be one of the labels.");
+    require(delimiter >= -1 && delimiter < num_labels_ && delimiter != blank, "delimiter must be another label or -1.");
     require(cut >= 0.0 && cut < 1.0, "cut must be from 0 to below 1.");
     require(counts.ndim() == 1 && counts.shape(0) == log_probs.shape(0), "counts must have one entry per utterance.");
     const int64_t frames = log_probs.shape(1);
@@ -63,7 +65,7 @@ class CtcPrefixScores {
       std::vector<float> values = by_label(own, used[i], num_labels_);
       // Also false for NaN. A probability may exceed 1 by what float32 rounds away.
       for (const float value : values) require(value < 1e-3F, "log_probs must hold log-probabilities.");
-      utterances_[i] = std::make_unique<CtcPrefixUtterance>(std::move(values), num_labels_, blank, cut);
+      utterances_[i] = std::make_unique<CtcPrefixUtterance>(std::move(values), num_labels_, blank, delimiter, cut);
     });
   }
 
@@ -159,8 +161,9 @@ void bind_ctc_prefix_scores(py::module_& module) {
   const auto rows = py::arg("rows");
   const auto labels = py::arg("labels");
   py::class_<CtcPrefixScores>(module, "CtcPrefixScores")
-      .def(py::init<const Array<float>&, const Array<int64_t>&, int64_t, double, int>(), py::kw_only(),
-           py::arg("log_probs"), py::arg("counts"), py::arg("blank"), py::arg("cut"), py::arg("threads"))
+      .def(py::init<const Array<float>&, const Array<int64_t>&, int64_t, int64_t, double, int>(), py::kw_only(),
+           py::arg("log_probs"), py::arg("counts"), py::arg("blank"), py::arg("delimiter"), py::arg("cut"),
+           py::arg("threads"))
       .def("scores", &CtcPrefixScores::scores, py::kw_only(), rows, labels)
       .def("follow", &CtcPrefixScores::follow, py::kw_only(), rows, labels)
       .def("keep", &CtcPrefixScores::keep, py::kw_only(), py::arg("order"))

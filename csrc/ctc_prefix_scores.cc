@@ -32,15 +32,17 @@ std::shared_ptr<const CtcPrefixRow> dead_row() {
 
 }  // namespace
 
-CtcPrefixUtterance::CtcPrefixUtterance(std::vector<float> log_probs, int64_t num_labels, int64_t blank, double cut)
+CtcPrefixUtterance::CtcPrefixUtterance(std::vector<float> log_probs, int64_t num_labels, int64_t blank,
+                                       int64_t delimiter, double cut)
     : num_frames_(static_cast<int64_t>(log_probs.size()) / num_labels),
       blank_(blank),
+      delimiter_(delimiter),
       cut_(cut),
       log_probs_(std::move(log_probs)),
       columns_(num_labels) {
   const FlushDenormals flush;
   auto row = std::make_shared<CtcPrefixRow>();
-  const std::vector<double>& blanks = column(blank_);
+  const double* blanks = silences();
   double silent = 1.0;
   row->blank.push_back(silent);
   for (int64_t t = 0; t < num_frames_ && silent > 0.0; ++t) {
@@ -70,6 +72,40 @@ const std::vector<double>& CtcPrefixUtterance::column(int64_t label) {
   return own;
 }
 
+// What may be said before the first word and after the last without adding to the text.
+const double* CtcPrefixUtterance::silences() {
+  if (delimiter_ < 0) return column(blank_).data();
+  if (silences_.empty() && num_frames_ > 0) {
+    const std::vector<double>& blanks = column(blank_);
+    const std::vector<double>& delimiters = column(delimiter_);
+    silences_.resize(num_frames_);
+    for (int64_t t = 0; t < num_frames_; ++t) silences_[t] = blanks[t] + delimiters[t];
+  }
+  return silences_.data();
+}
+
+// A delimiter before the first word or after a delimiter.
+bool CtcPrefixUtterance::adds_nothing(const CtcPrefixRow& row, int64_t label) const {
+  return label == delimiter_ && delimiter_ >= 0 && (row.last_label < 0 || row.last_label == delimiter_);
+}
+
+// psi(row, end) / psi(row): the delimiters after the last word do not count, whether the row has said one or not.
+double CtcPrefixUtterance::ending(const CtcPrefixRow& row) {
+  if (delimiter_ >= 0 && row.last_label == delimiter_) return row.ending;
+  if (row.any.empty()) return 0.0;
+  const auto stored = static_cast<int64_t>(row.any.size());
+  const double whole = row.first + stored == num_frames_ + 1 ? row.any.back() : 0.0;
+  if (delimiter_ < 0 || row.last_label < 0) return whole;
+  const double* silent = silences();
+  const double* parting = column(delimiter_).data();
+  double after = 0.0;
+  for (int64_t t = row.first; t < num_frames_; ++t) {
+    const double before = t - row.first < stored ? row.any[t - row.first] : 0.0;
+    after = after * silent[t] + before * parting[t];
+  }
+  return whole + after;
+}
+
 // psi(row + label) / psi(row): each alignment is counted at the frame where it first says the label.
 double CtcPrefixUtterance::extension(const CtcPrefixRow& row, int64_t label) {
   const std::vector<double>& before = label == row.last_label ? row.blank : row.any;
@@ -86,10 +122,9 @@ void CtcPrefixUtterance::scores(const int64_t* rows, const int64_t* labels, int6
     if (labels[i] == kCtcNothing) continue;
     const CtcPrefixRow& row = *rows_[rows[i]];
     double ratio = 0.0;
-    if (labels[i] != kCtcEnd) {
-      ratio = row.log_psi == kImpossible ? 0.0 : extension(row, labels[i]);
-    } else if (!row.any.empty() && row.first + static_cast<int64_t>(row.any.size()) == num_frames_ + 1) {
-      ratio = row.any.back();
+    if (row.log_psi != kImpossible) {
+      if (adds_nothing(row, labels[i])) continue;
+      ratio = labels[i] == kCtcEnd ? ending(row) : extension(row, labels[i]);
     }
     scores[i] = ratio < kSmallest ? kImpossible : std::log(ratio);
   }
@@ -105,6 +140,8 @@ void CtcPrefixUtterance::follow(const int64_t* rows, const int64_t* labels, int6
       next.push_back(row);
     } else if (labels[i] == kCtcEnd || row->log_psi == kImpossible) {
       next.push_back(dead_row());
+    } else if (adds_nothing(*row, labels[i])) {
+      next.push_back(row);
     } else {
       next.push_back(extended(*row, labels[i]));
     }
@@ -117,6 +154,7 @@ CtcPrefixUtterance::Row CtcPrefixUtterance::extended(const CtcPrefixRow& row, in
   if (ratio < kSmallest) return dead_row();
   const std::vector<double>& before = label == row.last_label ? row.blank : row.any;
   const double* spoken = column(label).data();
+  const double ended = label == delimiter_ ? ending(row) : 0.0;
   const double* blanks = column(blank_).data();
   // entries[t]: share of psi(row + label) that says the label at frame t for the first time; then its sums to the end.
   const int64_t last = std::min(row.first + static_cast<int64_t>(before.size()), num_frames_);
@@ -133,6 +171,7 @@ CtcPrefixUtterance::Row CtcPrefixUtterance::extended(const CtcPrefixRow& row, in
   next->last_label = label;
   next->log_psi = row.log_psi + std::log(ratio);
   next->first = start + 1;
+  next->ending = ended * scale;
   any_.clear();
   in_blank_.clear();
   for (int64_t t = num_frames_ - 1; t >= start; --t) entries_[t] += entries_[t + 1];

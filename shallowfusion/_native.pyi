@@ -349,6 +349,7 @@ class CtcPrefixScores:
         log_probs: npt.NDArray[np.float32],
         counts: npt.NDArray[np.int64],
         blank: int,
+        delimiter: int,
         cut: float,
         threads: int,
     ) -> None: ...

@@ -1,4 +1,4 @@
-"""Two passes: a beam search of the CTC head, then attention decoder and language models rank its list."""
+"""Two passes: a beam search of a CTC head or model, then attention decoder and language models rank its list."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from shallowfusion.audio.reading import read_audio
 from shallowfusion.checks import integer
 from shallowfusion.config import require
 from shallowfusion.ctc.decoder import CTCDecoder
+from shallowfusion.ctc.joint import CtcFrames, check_rate, heard_by
+from shallowfusion.ctc.models import CtcModel
 from shallowfusion.ctc.settings import CtcLanguage, CtcOptions
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import AudioError, ShallowFusionError
@@ -73,21 +75,25 @@ class RescoringOptions:
 
 
 class AttentionRescorer:
-    """Decodes with the CTC head of a joint model, then ranks what it found with all models.
+    """Decodes with a CTC model, or the CTC head of a joint model, then ranks what it found with all models.
 
     Each model reads each text once: faster than a joint search, and a language model may have any tokenizer, but
-    what is not in the list cannot win. Texts are given to the attention decoder as its tokenizer encodes " " + text.
+    what is not in the list cannot win. Texts are given to the attention decoder as its tokenizer encodes " " + text;
+    those of a CTC model without small letters in small letters, which all models but it read, and results hold.
 
     Price: one CTC search, one decoder pass over the distinct tokens of the list, one pass of each language model.
 
     Args:
-        decoder: with a CTC head and the language models that rescore (no n-gram models among them).
+        decoder: with the language models that rescore (no n-gram models among them).
         search: options of the CTC search.
         lm: word n-gram model inside the CTC search, a file or table; None = none.
         threads: of the CTC search, None = all cores.
+        ctc: makes the lists; with its own language model and threads. None = the decoder's CTC model (ctc=... of
+            `FusionDecoder.from_pretrained`) if it has one, else its CTC head.
 
     Raises:
-        InvalidArgumentError: the model has no CTC head, or a language model is no causal model.
+        InvalidArgumentError: there is no CTC head or model, it hears at another rate, or a language model is no causal
+            model.
     """
 
     def __init__(
@@ -96,10 +102,12 @@ class AttentionRescorer:
         search: CtcOptions | None = None,
         lm: str | Path | NgramTable | CtcLanguage | None = None,
         threads: int | None = None,
+        ctc: CTCDecoder | None = None,
     ) -> None:
-        head = decoder.acoustic.ctc_head
-        require(head is not None, f"rescoring needs a CTC head, which {decoder.acoustic.name} does not have.")
-        assert head is not None
+        require(
+            ctc is None or (lm is None and threads is None),
+            "ctc=... brings its own language model and threads; give lm and threads to that decoder.",
+        )
         for model in decoder.language_models:
             require(
                 isinstance(model, CausalLMScorer),
@@ -107,8 +115,13 @@ class AttentionRescorer:
             )
         self.decoder = decoder
         self.options = search or CtcOptions(beam_size=20)
-        self.head = head
-        self.ctc = ctc_decoder_of(head, lm, threads)
+        self.head, self.ctc = _ctc_of(decoder, lm, threads) if ctc is None else (None, ctc)
+        if self.ctc.model is not None:
+            check_rate(self.ctc.model, decoder.acoustic)
+        unsaid = () if self.ctc.model is None else self.ctc.model.silenced
+        pieces = enumerate(self.ctc.alphabet.pieces)
+        written = "".join(piece.text for label, piece in pieces if label not in unsaid)
+        self._lowers = any(map(str.isupper, written)) and not any(map(str.islower, written))
 
     def transcribe(self, recordings: Any, options: RescoringOptions | None = None) -> list[Transcription]:
         """Transcribe one or a list of recordings, as `FusionDecoder.transcribe` takes them.
@@ -130,16 +143,24 @@ class AttentionRescorer:
         return results
 
     def decode(
-        self, encoder_output: Tensor, seconds: Sequence[float] | None = None, options: RescoringOptions | None = None
+        self,
+        encoder_output: Tensor,
+        seconds: Sequence[float] | None = None,
+        options: RescoringOptions | None = None,
+        ctc_frames: CtcFrames | None = None,
     ) -> list[Transcription]:
         """Decode encoder output [utterances, frames, size]; an utterance with NaN in it fails alone.
 
         Args:
             seconds: of each recording, None = all frames count.
+            ctc_frames: what a CTC model heard of each utterance; None where it is the head that hears.
+
+        Raises:
+            InvalidArgumentError: no frames of a CTC model, or of another number of utterances.
         """
         chosen = options or RescoringOptions()
-        found = self._search(encoder_output, seconds, chosen.list_size)
-        lists = [[("", 0.0)] if one.error else [(h.text, h.parts["asr"]) for h in one.n_best] for one in found]
+        found = self._search(encoder_output, seconds, chosen.list_size, ctc_frames)
+        lists = [[("", 0.0)] if one.error else [self._said(h) for h in one.n_best] for one in found]
         encode = self.decoder.acoustic.tokenizer.encode
         ids = [[encode(" " + text, add_special_tokens=False) if text else [] for text, _ in own] for own in lists]
         prompts = self._prompts(encoder_output)
@@ -160,11 +181,26 @@ class AttentionRescorer:
             answers.append(replace(one, n_best=ranked, rule=chosen.rule))
         return answers
 
-    def _search(self, encoder_output: Tensor, seconds: Sequence[float] | None, size: int) -> list[Transcription]:
-        log_probs = self.head.log_probs(encoder_output)
-        limit = log_probs.shape[1]
-        lengths = None if seconds is None else np.array([self.head.num_frames(own, limit) for own in seconds])
-        return self.ctc.decode(log_probs, lengths, self.options, n_best=size)
+    def _search(
+        self, encoder_output: Tensor, seconds: Sequence[float] | None, size: int, frames: CtcFrames | None
+    ) -> list[Transcription]:
+        if self.head is not None:
+            log_probs = self.head.log_probs(encoder_output)
+            limit = log_probs.shape[1]
+            lengths = None if seconds is None else np.array([self.head.num_frames(own, limit) for own in seconds])
+            return self.ctc.decode(log_probs, lengths, self.options, n_best=size)
+        require(
+            frames is not None and len(frames.log_probs) == len(encoder_output),
+            f"ctc_frames must hold what the CTC model heard of each of the {len(encoder_output)} utterances, got "
+            f"{'none' if frames is None else len(frames.log_probs)}; transcribe makes them from recordings.",
+        )
+        assert frames is not None
+        return self.ctc.decode(frames.log_probs, frames.lengths, self.options, n_best=size)
+
+    def _said(self, hypothesis: Hypothesis) -> tuple[str, float]:
+        """A text of the CTC search as the other models read it, and all that the search says of it but its LM."""
+        text = hypothesis.text
+        return text.lower() if self._lowers else text, hypothesis.parts["asr"]
 
     def _prompts(self, encoder_output: Tensor) -> list[list[int]]:
         options = DecodingOptions(rule=static([0.0] * len(self.decoder.language_models)))
@@ -198,6 +234,10 @@ class AttentionRescorer:
 
     def _batch(self, items: Sequence[Any], first: int, options: RescoringOptions) -> list[Transcription]:
         settings = self.decoder.acoustic.features
+        require(
+            self.head is not None or self.ctc.model is not None,
+            "the CTC decoder has no acoustic model to hear recordings with; make it with CTCDecoder.from_pretrained.",
+        )
         results: list[Transcription | None] = [None] * len(items)
         sources = [str(item) if isinstance(item, (str, Path)) else f"array {first + i}" for i, item in enumerate(items)]
         samples = []
@@ -213,10 +253,31 @@ class AttentionRescorer:
             with torch.inference_mode():
                 encoded = self.decoder.acoustic.scorer.encode(log_mel(samples, settings))
             seconds = [len(own) / settings.sampling_rate for own in samples]
+            frames = None if self.ctc.model is None else heard_by(self.ctc.model, samples)
             good = [i for i, result in enumerate(results) if result is None]
-            for i, length, found in zip(good, seconds, self.decode(encoded, seconds, options), strict=True):
+            for i, length, found in zip(good, seconds, self.decode(encoded, seconds, options, frames), strict=True):
                 results[i] = replace(found, source=sources[i], duration=length)
         return [result for result in results if result is not None]
+
+
+def _ctc_of(
+    decoder: FusionDecoder, lm: str | Path | NgramTable | CtcLanguage | None, threads: int | None
+) -> tuple[CtcHead | None, CTCDecoder]:
+    """The CTC search of a decoder's CTC model, or with its head."""
+    if decoder.ctc is not None:
+        model: CtcModel = decoder.ctc.model
+        made = CTCDecoder(
+            model.labels, model.blank, model.delimiter, lm, model.word_start, model.frame_seconds, threads
+        )
+        made.model = model
+        return None, made
+    head = decoder.acoustic.ctc_head
+    require(
+        head is not None,
+        f"rescoring needs a CTC head, which {decoder.acoustic.name} does not have, or a CTC model; give ctc=... .",
+    )
+    assert head is not None
+    return head, ctc_decoder_of(head, lm, threads)
 
 
 def ctc_decoder_of(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from shallowfusion.audio.reading import read_audio
 from shallowfusion.config import require
+from shallowfusion.ctc.joint import CtcFrames, JointCtc
+from shallowfusion.ctc.models import CtcModel, load_ctc_model
 from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import Rule
@@ -32,6 +34,7 @@ from shallowfusion.scorers.loading import (
 )
 from shallowfusion.scorers.ngram import Lookups
 from shallowfusion.scorers.prefixes import PrefixCache
+from shallowfusion.scorers.preparation import loading_dtype
 from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.device_loop import DevicePrograms
 from shallowfusion.search.drivers import driven_search
@@ -59,6 +62,7 @@ class Heard:
         found: of each the seconds of sound, or what failed.
         output, done: of those that were read, together, as `EncoderPass` gives them; None = none was.
         clock: of the work so far.
+        samples: of those that were read.
     """
 
     items: Sequence[tuple[str, Any]]
@@ -66,6 +70,7 @@ class Heard:
     output: Tensor | None
     done: torch.cuda.Event | None
     clock: StageClock
+    samples: Sequence[Tensor] = ()
 
 
 class FusionDecoder:
@@ -79,6 +84,8 @@ class FusionDecoder:
             fusion.internal_lm(variant="trained").
         lm_bridge: "bytes": causal language models on another tokenizer score the bytes of each candidate token (see
             `ByteBridge`); None = they are refused, unless the rule delays them.
+        ctc: a CTC model that hears the recordings too; `ctc_weight` gives it its say, as it does an acoustic model's
+            own head, which is not heard then (see `JointCtc`).
     """
 
     def __init__(
@@ -87,13 +94,15 @@ class FusionDecoder:
         language_models: Sequence[LanguageModel] = (),
         internal_context: Tensor | None = None,
         lm_bridge: LmBridge | None = None,
+        ctc: CtcModel | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self.lm_bridge = lm_bridge
         self._programs = DevicePrograms()
-        self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
+        self.ctc = None if ctc is None else JointCtc(ctc, acoustic)
+        self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge, joint=self.ctc)
 
     @classmethod
     def from_pretrained(
@@ -105,6 +114,7 @@ class FusionDecoder:
         internal_context: str | Path | None = None,
         lm_bridge: LmBridge | None = None,
         ngram_lookups: Lookups = "auto",
+        ctc: str | Path | CtcModel | None = None,
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -120,10 +130,14 @@ class FusionDecoder:
             lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
             ngram_lookups: of n-gram models of pieces: "rows" (every token, in the fused step), "candidates" (only what
                 survives it) or "auto" (candidates on CUDA, where the rule allows it); see `NgramScorer`.
+            ctc: a CTC model of transformers (wav2vec2, HuBERT, WavLM, Parakeet, ...) or one that is loaded, for
+                `ctc_weight`; on any labels that the acoustic model's tokens can be spelled in.
 
         Raises:
             ModelError: a model cannot be loaded.
-            VocabularyError: an n-gram model of neither the acoustic model's pieces nor words it can spell.
+            VocabularyError: an n-gram model of neither the acoustic model's pieces nor words it can spell, or a CTC
+                model whose labels spell none of the acoustic model's letters.
+            InvalidArgumentError: a CTC model that hears at another rate.
         """
         where = choose_device(device)
         number = choose_dtype(dtype, where)
@@ -132,12 +146,13 @@ class FusionDecoder:
         vocabulary = acoustic.scorer.vocabulary
         models = [load_language_model(str(name), vocabulary, where, number, ngram_lookups) for name in names]
         context = None if internal_context is None else read_internal_context(internal_context)
-        return cls(acoustic, models, context, lm_bridge)
+        heard = load_ctc_model(str(ctc), where, loading_dtype(number)) if isinstance(ctc, (str, Path)) else ctc
+        return cls(acoustic, models, context, lm_bridge, heard)
 
     @cached_property
     def _alone(self) -> FusionDecoder:
         """The acoustic model without language models, for those a trusted rule gives up."""
-        return FusionDecoder(self.acoustic)
+        return FusionDecoder(self.acoustic, ctc=None if self.ctc is None else self.ctc.model)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -217,6 +232,7 @@ class FusionDecoder:
         *,
         seconds: Sequence[float] | None = None,
         evidence: Evidence | None = None,
+        ctc_frames: CtcFrames | None = None,
         **names: Any,
     ) -> list[Transcription]:
         """Decode log-mel features [utterances, mels, frames] or encoder output [utterances, frames, size].
@@ -224,6 +240,7 @@ class FusionDecoder:
         Args:
             seconds: of sound in each utterance; the rest of the window is padding. None = the whole window.
             evidence: of the session the utterances belong to, for `fusion.trusted`; None = they are one of their own.
+            ctc_frames: what the CTC model heard of each utterance, for `ctc_weight`: `decoder.ctc.frames(samples)`.
 
         Raises:
             InvalidArgumentError: a tensor that is neither, `seconds` that do not pair, or bad options.
@@ -238,7 +255,7 @@ class FusionDecoder:
             f"seconds must hold one length above 0 and up to {window:g} for each of the {len(output)} utterances, "
             f"got {lengths}.",
         )
-        searched = self._search(output, options, clock, None if seconds is None else lengths, evidence)
+        searched = self._search(output, options, clock, None if seconds is None else lengths, evidence, ctc_frames)
         timing = Timing(dict(clock.seconds), sum(lengths), dict(clock.counts))
         return [
             Transcription(f"array {i}", hypotheses, language, lengths[i], rule, timing)
@@ -271,7 +288,7 @@ class FusionDecoder:
         with clock("features"):
             features = log_mel(samples, self.acoustic.features)
         with clock("encoder"):
-            return Heard(items, found, *encoder(features), clock)
+            return Heard(items, found, *encoder(features), clock, samples)
 
     def _batch(self, heard: Heard, options: DecodingOptions, evidence: Evidence) -> list[Transcription]:
         """Results of a few recordings that were read."""
@@ -279,7 +296,8 @@ class FusionDecoder:
         if heard.output is None:
             return [own for own in heard.found if isinstance(own, Transcription)]
         output = received(heard.output, heard.done)
-        searched = iter(self._search(output, options, heard.clock, seconds, evidence))
+        frames = self._ctc_frames(heard.samples, options, heard.clock)
+        searched = iter(self._search(output, options, heard.clock, seconds, evidence, frames))
         timing = Timing(dict(heard.clock.seconds), sum(seconds), dict(heard.clock.counts))
         results = []
         for (source, _), own in zip(heard.items, heard.found, strict=True):
@@ -288,6 +306,13 @@ class FusionDecoder:
                 own = Transcription(source, hypotheses, language, own, rule, timing)
             results.append(own)
         return results
+
+    def _ctc_frames(self, samples: Sequence[Tensor], options: DecodingOptions, clock: StageClock) -> CtcFrames | None:
+        """What the CTC model hears of a batch; None if nobody asks it."""
+        if self.ctc is None or options.ctc_weight == 0:
+            return None
+        with clock("ctc"):
+            return self.ctc.frames(samples)
 
     def _samples(self, item: Any, source: str) -> Tensor:
         settings = self.acoustic.features
@@ -336,8 +361,9 @@ class FusionDecoder:
         clock: StageClock,
         seconds: list[float] | None = None,
         evidence: Evidence | None = None,
+        ctc_frames: CtcFrames | None = None,
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
-        own = self._planner.sources(encoder_output, options, clock, seconds)
+        own = self._planner.sources(encoder_output, options, clock, seconds, ctc_frames)
         outcomes = driven_search(own, options.driver, clock, self._programs)
         outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
@@ -360,7 +386,8 @@ class FusionDecoder:
         lost = given_up([listed[0] for listed, _, _ in results], rule, names, evidence or Evidence())
         if lost:
             lengths = None if seconds is None else [seconds[i] for i in lost]
-            alone = self._alone._search(encoder_output[lost], alone_options(options), clock, lengths)
+            heard = None if ctc_frames is None else ctc_frames.at(lost)
+            alone = self._alone._search(encoder_output[lost], alone_options(options), clock, lengths, ctc_frames=heard)
             for i, (listed, language, plain) in zip(lost, alone, strict=True):
                 results[i] = (flagged(listed), language, plain)
         return results

@@ -27,8 +27,8 @@ class DecodingOptions:
         n_best: hypotheses returned per utterance, at most beam_size.
         rule: fusion rule, for instance fusion.static(0.24). In its place `lm_weight` with `initial_steps` says
             static or piecewise. With neither, a loaded LM gets weight 0.24, the published optimum of a domain GPT-2.
-        ctc_weight: share of the acoustic model's CTC head, 0 to below 1: an increment is (1 - ctc_weight) * attention
-            + ctc_weight * CTC + language models.
+        ctc_weight: share of the decoder's CTC model (ctc=...) or the acoustic model's CTC head, 0 to below 1: an
+            increment is (1 - ctc_weight) * attention + ctc_weight * CTC + language models.
         length_bonus: nats per token but the end.
         length_penalty: total / length ** length_penalty ranks hypotheses; with stop_rule="whisper" None is the mean
             and a number GNMT's ((5 + length) / 6) ** length_penalty.

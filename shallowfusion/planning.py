@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
-from shallowfusion.ctc.prefix_scorer import joint_scorers
+from shallowfusion.ctc.joint import CtcFrames, JointCtc, check_heard, joint_scorers
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
@@ -45,12 +45,12 @@ class SearchPlanner:
 
     Args:
         acoustic: the acoustic model.
-        language_models: on the acoustic model's tokenizer, then those that need a bridge; the first on any, under a
-            delayed rule.
+        language_models: on its tokenizer, then those that need a bridge; the first on any, under a delayed rule.
         internal_context: float [frames, size] for fusion.internal_lm(variant="trained").
         lm_bridge: how language models on another tokenizer are joined, None = only delayed.
         names: of the parts of acoustic and language models; None = "asr", then "lm", or "lm0", "lm1", ...
         prefixes: what language models have read before; None = a new cache.
+        joint: a CTC model that `ctc_weight` hears in place of the acoustic model's own head.
     """
 
     def __init__(
@@ -61,11 +61,13 @@ class SearchPlanner:
         lm_bridge: LmBridge | None = None,
         names: tuple[str, ...] | None = None,
         prefixes: PrefixCache | None = None,
+        joint: JointCtc | None = None,
     ) -> None:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self.lm_bridge = lm_bridge
+        self.joint = joint
         self.prefixes = PrefixCache() if prefixes is None else prefixes
         self._names = names
         self._made: dict[Hashable, Any] = {}
@@ -106,7 +108,9 @@ class SearchPlanner:
         chosen = [place for place, name in enumerate(known) if name in names]
         models = [self.language_models[place] for place in chosen]
         own = ("asr", *(known[place] for place in chosen))
-        return SearchPlanner(self.acoustic, models, self.internal_context, self.lm_bridge, own, self.prefixes)
+        return SearchPlanner(
+            self.acoustic, models, self.internal_context, self.lm_bridge, own, self.prefixes, self.joint
+        )
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once for a key."""
@@ -140,13 +144,19 @@ class SearchPlanner:
         return [self._once(("mixture", weights, forgetting), make)]
 
     def sources(
-        self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock, seconds: list[float] | None = None
+        self,
+        encoder_output: Tensor,
+        options: DecodingOptions,
+        clock: StageClock,
+        seconds: list[float] | None = None,
+        ctc_frames: CtcFrames | None = None,
     ) -> Sources:
         """What a search of these utterances runs.
 
         Args:
             encoder_output: [utterances, frames, size].
             seconds: of sound in each recording; None = the whole window.
+            ctc_frames: what the CTC model of `joint` heard.
         """
         languages = self._languages(encoder_output, options, clock)
         prefixes = [self._prefix(language, options) for language in languages]
@@ -163,9 +173,9 @@ class SearchPlanner:
             scorers.append(self._internal_lm(plan.rule.ilm_variant))
             contexts.append(heard)
         delayed = self._late(options, plan, Context(prefixes, width, longest), clock)
-        joint = joint_scorers(self.acoustic, encoder_output, options, plan, seconds)
         rule = options.resolved_rule(len(self.language_models))
         bridged = self._bridged(options, rule, len(prefixes), plan.end_id)
+        joint = joint_scorers(self.acoustic, encoder_output, options, plan, seconds, self.joint, ctc_frames)
         late = (*delayed, *bridged, *joint)
         named = {source.name for source in late}
         names = tuple(name for name in self.names_under(rule) if name not in named)
@@ -194,6 +204,7 @@ class SearchPlanner:
         Raises:
             InvalidArgumentError: as `sources`.
         """
+        check_heard(self.joint, options, None)
         tokens, acoustic = self.acoustic.tokens, self.acoustic.scorer
         language = options.language or (next(iter(tokens.languages)) if tokens.languages else "en")
         require(

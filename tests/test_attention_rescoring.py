@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from shallowfusion import FusionDecoder, fusion
 from shallowfusion.attention_rescoring import AttentionRescorer, RescoringOptions
+from shallowfusion.ctc.decoder import CTCDecoder
+from shallowfusion.ctc.joint import CtcFrames
 from shallowfusion.ctc.settings import CtcOptions
 from shallowfusion.errors import AudioError, InvalidArgumentError
 from shallowfusion.rescoring import score_continuations, score_texts
 from shallowfusion.scorers.loading import load_causal_lm
 from tests import tiny
 from tests.ctc.joint import joint_decoder
+from tests.ctc.test_joint import head_model, toy_model
+from tests.ctc.tiny_models import save_tiny_model
 from tests.shipped import MEDICAL, clip
 from tests.shipped import decoder as shipped_decoder
 
@@ -102,6 +108,60 @@ def test_what_cannot_rescore_is_refused() -> None:
             RescoringOptions(**options)
     with pytest.raises(InvalidArgumentError, match="empty"):
         AttentionRescorer(joint_decoder()).transcribe([])
+
+
+def test_the_lists_of_a_ctc_model_are_ranked_in_small_letters() -> None:
+    decoder = shipped_decoder(with_lm=True)
+    options = RescoringOptions(0.3, fusion.static(0.4), n_best=4, list_size=8)
+    wanted = AttentionRescorer(decoder, SEARCH, threads=1).transcribe([clip(2), clip(5)], options)
+    model = head_model(upper=True)
+    joint = FusionDecoder(decoder.acoustic, decoder.language_models, ctc=model)
+    own = CTCDecoder(model.labels, model.blank, model.delimiter, threads=1)
+    own.model = model
+    for rescorer in (AttentionRescorer(joint, SEARCH, threads=1), AttentionRescorer(decoder, SEARCH, ctc=own)):
+        found = rescorer.transcribe([clip(2), clip(5)], options)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.text == other.text
+            assert one.best.parts["asr"] == pytest.approx(other.best.parts["asr"], abs=1e-3)
+            assert one.best.parts["lm"] == pytest.approx(other.best.parts["lm"], abs=1e-3)
+            assert one.best.total == max(h.total for h in one.n_best)
+
+
+def test_a_model_of_transformers_makes_the_list(tmp_path: Path) -> None:
+    save_tiny_model("wav2vec2", tmp_path)
+    decoder = shipped_decoder(with_lm=False)
+    rescorer = AttentionRescorer(decoder, SEARCH, ctc=CTCDecoder.from_pretrained(tmp_path, device="cpu", threads=1))
+    generator = np.random.default_rng(0)
+    recordings = [generator.normal(size=length).astype(np.float32) * 0.1 for length in (16000, 800)]
+    results = rescorer.transcribe([*recordings, "missing.wav"], RescoringOptions(0.5, n_best=4, list_size=4))
+    lists = rescorer.ctc.transcribe(recordings[0], SEARCH, n_best=4)[0]
+    assert {h.text for h in results[0].n_best} == {h.text for h in lists.n_best}
+    assert results[1].error is None
+    assert isinstance(results[2].error, AudioError)
+    tokenizer = decoder.acoustic.tokenizer
+    texts = [[tokenizer.encode(" " + h.text, add_special_tokens=False) for h in results[0].n_best]]
+    prompts = rescorer._prompts(decoder.encode(recordings[:1]))
+    scores = score_continuations(decoder.acoustic.scorer, decoder.encode(recordings[:1]), prompts, texts)[0]
+    for hypothesis, heard in zip(results[0].n_best, scores, strict=True):
+        assert hypothesis.parts["asr"] == pytest.approx(float(heard.sum()), abs=1e-3)
+        assert hypothesis.total == pytest.approx(0.5 * (hypothesis.parts["asr"] + hypothesis.parts["ctc"]), abs=1e-3)
+
+
+def test_lists_that_nobody_heard_are_refused() -> None:
+    decoder = joint_decoder()
+    own = CTCDecoder(("", "|", "a"), 0, 1)
+    with pytest.raises(InvalidArgumentError, match="brings its own"):
+        AttentionRescorer(decoder, ctc=own, threads=1)
+    rescorer = AttentionRescorer(decoder, ctc=own)
+    with pytest.raises(InvalidArgumentError, match="no acoustic model"):
+        rescorer.transcribe(np.zeros(16000, dtype=np.float32))
+    encoded = tiny.random_encoder_output(decoder.acoustic, 2)
+    for frames in (None, CtcFrames(np.zeros((1, 4, 3)))):
+        with pytest.raises(InvalidArgumentError, match="each of the 2 utterances"):
+            rescorer.decode(encoded, ctc_frames=frames)
+    own.model = toy_model(("", "|", "a"), sampling_rate=8000)
+    with pytest.raises(InvalidArgumentError, match="8000 samples"):
+        AttentionRescorer(decoder, ctc=own)
 
 
 def _with_model(decoder: FusionDecoder, model: object) -> FusionDecoder:

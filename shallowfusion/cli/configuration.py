@@ -79,6 +79,7 @@ def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:
         arguments.internal_context,
         getattr(arguments, "lm_bridge", None),
         getattr(arguments, "ngram_lookups", None) or "auto",
+        ctc=getattr(arguments, "ctc", None),
     )
 
 

@@ -38,9 +38,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
     add_model_options(parser, is_required=False)
     parser.add_argument(
+        "--ctc", default=None, metavar="MODEL",
+        help="CTC model (wav2vec2, Parakeet, ...: hub id or local directory) that hears the recordings beside a "
+        "Whisper-type --asr, for --ctc-weight or --ctc-rescore",
+    )  # fmt: skip
+    parser.add_argument(
         "--ctc-rescore", type=float, default=None, metavar="SHARE",
-        help="search with the model's CTC head alone (and --lm NAME.arpa of words), then rank the list by SHARE * CTC "
-        "+ (1 - SHARE) * attention + other --lm, on any tokenizer",
+        help="search with the CTC head, or --ctc, alone (and --lm NAME.arpa of words), then rank the list by SHARE * "
+        "CTC + (1 - SHARE) * attention + other --lm, on any tokenizer",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
     add_decoding_options(parser)
@@ -66,6 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _maker(arguments: argparse.Namespace, is_ctc: bool) -> Callable[..., Transcriber]:
+    require(
+        arguments.ctc is None or not is_ctc,
+        f"{arguments.asr} is a CTC model itself, and --ctc goes beside a Whisper-type --asr; leave it out.",
+    )
+    require(
+        arguments.ctc is None or arguments.ctc_weight or arguments.ctc_rescore is not None,
+        "--ctc is heard with --ctc-weight or --ctc-rescore alone; give one, for instance --ctc-weight 0.3.",
+    )
     if arguments.ctc_rescore is not None:
         require(not is_ctc, f"{arguments.asr} has no attention decoder, which --ctc-rescore ranks with; leave it out.")
         return _rescoring_transcriber
@@ -120,7 +133,7 @@ def _rescoring_transcriber(arguments: argparse.Namespace, options: DecodingOptio
     ranking = [pair for pair in pairs if not is_arpa(pair[0])]
     require(len(inside) <= 1, f"the CTC search takes one --lm NAME.arpa of words, got {len(inside)}.")
     decoder = FusionDecoder.from_pretrained(
-        arguments.asr, [name for name, _ in ranking], arguments.device, arguments.dtype
+        arguments.asr, [name for name, _ in ranking], arguments.device, arguments.dtype, ctc=arguments.ctc
     )
     size = arguments.beam_size or max(DEFAULT_LIST_SIZE, options.n_best)
     search = CtcOptions(beam_size=size, lm_weight=inside[0][1] if inside else 0.0)
@@ -215,7 +228,7 @@ def _numbers() -> dict[str, tuple[type, str]]:
     return {
         "beam_size": (int, "live hypotheses per recording (default: 5)"),
         "n_best": (int, "hypotheses returned (default: 1)"),
-        "ctc_weight": (float, "share of the model's CTC head, 0 to below 1 (default: 0)"),
+        "ctc_weight": (float, "share of the model's CTC head or of --ctc, 0 to below 1 (default: 0)"),
         "length_bonus": (float, "nats per token (default: 0)"),
         "patience": (float, "stop rule whisper: waits for beam_size * patience hypotheses (default: 1)"),
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),

@@ -31,6 +31,7 @@ class CtcModel:
         word_start: mark of the labels that begin a word, None = none.
         silenced: labels that are never said: special tokens and ids without a token.
         frame_seconds: length of an output frame.
+        tokenizer: of transformers; None = unknown.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CtcModel:
     silenced: tuple[int, ...]
     sampling_rate: int
     frame_seconds: float
+    tokenizer: Any = None
 
     @torch.inference_mode()
     def log_probs(self, samples: Sequence[Tensor]) -> tuple[Tensor, npt.NDArray[np.int64]]:
@@ -136,6 +138,7 @@ def load_ctc_model(name: str, device: torch.device, dtype: torch.dtype) -> CtcMo
         silenced=tuple(sorted(silenced - {blank, number})),
         sampling_rate=int(extractor.sampling_rate),
         frame_seconds=_frame_samples(model.config, extractor) / extractor.sampling_rate,
+        tokenizer=tokenizer,
     )
     if dtype == torch.int8:
         check_int8(device)

@@ -7,20 +7,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from shallowfusion.config import require
-from shallowfusion.ctc.prefix_scores import END, NOTHING, PrefixScores, PrefixScoresProtocol
-from shallowfusion.options import DecodingOptions
-from shallowfusion.scorers.ctc_head import CtcHead
-from shallowfusion.scorers.loading import AcousticModel
-from shallowfusion.search.candidates import CandidateScorer
-from shallowfusion.search.loop import SearchPlan
+from shallowfusion.ctc.label_spelling import UNSAYABLE
+from shallowfusion.ctc.prefix_scores import END, NOTHING, PrefixScoresProtocol
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["CTCPrefixScorer", "joint_scorers", "token_labels"]
-
-UNSAYABLE = -3  # a token that is text, but no label of the CTC head
+__all__ = ["CTCPrefixScorer", "token_labels"]
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -80,45 +73,3 @@ def token_labels(
     labels[label_tokens[has_token]] = has_token
     labels[vocabulary.end_id] = END
     return labels
-
-
-def joint_scorers(
-    acoustic: AcousticModel,
-    encoder_output: Tensor,
-    options: DecodingOptions,
-    plan: SearchPlan,
-    seconds: Sequence[float] | None,
-) -> list[CandidateScorer]:
-    """The scorers of one batch that look at survivors only: the CTC head's if `options.ctc_weight` is not 0.
-
-    Args:
-        seconds: of each recording; later frames are left out. None = all frames count.
-
-    Raises:
-        InvalidArgumentError: the model has no CTC head, or the rule leaves the attention decoder no weight of its own.
-    """
-    if options.ctc_weight == 0:
-        return []
-    head = acoustic.ctc_head
-    require(
-        head is not None,
-        f"ctc_weight={options.ctc_weight} needs a CTC head, which {acoustic.name} does not have "
-        "(ctc_head.json and ctc_head.safetensors beside the model); use ctc_weight=0.",
-    )
-    assert head is not None
-    require(
-        plan.rule.mixture is None and plan.normalize == "none",
-        f"ctc_weight goes with rules that add log-probs as they are, not with {plan.rule}, normalize={plan.normalize!r}"
-        "; use static or piecewise weights and end_policy 'neutral', 'lm' or 'asr_only'.",
-    )
-    labels = token_labels(acoustic.scorer.vocabulary, head.label_tokens)
-    return [CTCPrefixScorer(_prefix_scores(head, encoder_output, seconds), labels, options.ctc_weight)]
-
-
-def _prefix_scores(head: CtcHead, encoder_output: Tensor, seconds: Sequence[float] | None) -> PrefixScores:
-    log_probs = head.log_probs(encoder_output).cpu().numpy()
-    # A recording whose encoder failed: the fused step flags it by the decoder's NaN, and has no candidates for it.
-    log_probs[np.isnan(log_probs)] = -np.inf
-    limit = log_probs.shape[1]
-    lengths = None if seconds is None else [head.num_frames(own, limit) for own in seconds]
-    return PrefixScores(log_probs, lengths, blank=head.blank)

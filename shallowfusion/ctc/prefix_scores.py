@@ -40,6 +40,11 @@ class PrefixScoresProtocol(Protocol):
     A score is log psi(h) - log psi(g): along a text the scores sum to its CTC log-probability. A label can be a label,
     `END` or, for what CTC knows nothing of, `NOTHING`: it scores 0 and leaves the prefix as it is.
 
+    With a `delimiter` (the label between words), a text is its words: delimiters before the first and after the last
+    are silence. Alignments may say any number of them there; between two words they say one. To a prefix that is empty
+    or ends in a delimiter another adds nothing and scores 0. The end counts all alignments of the words, whether the
+    prefix has said a delimiter after the last one or not, so it may score above 0.
+
     Numbers are float64 relative to psi of their row, so they do not underflow with the length of the text; a label
     that is less likely than e^-598 after a prefix is impossible (-inf), and so is everything after it.
 
@@ -93,19 +98,26 @@ class PrefixFrames:
     log_probs: npt.NDArray[np.float32]
     counts: Int64Array
     blank: int
+    delimiter: int
     cut: float
 
     @classmethod
-    def check(cls, log_probs: object, lengths: object, blank: int, margin: float | None) -> PrefixFrames:
-        """Border checks that both classes share.
+    def check(
+        cls, log_probs: object, lengths: object, blank: int, delimiter: int | None, margin: float | None
+    ) -> PrefixFrames:
+        """Border checks that both classes share; without a delimiter it is -1.
 
         Raises:
-            InvalidArgumentError: no log-probabilities, lengths that do not fit, a blank or margin outside its range.
+            InvalidArgumentError: no log-probabilities, lengths that do not fit, a blank, delimiter or margin outside
+                its range.
         """
         shape: tuple[Any, ...] = getattr(log_probs, "shape", ())
         frames = frames_of(log_probs, lengths, None, shape[2] if len(shape) == 3 else 1)
         array = np.ascontiguousarray(frames.log_probs, dtype=np.float32)
         integer("blank", blank, 0, array.shape[2] - 1)
+        if delimiter is not None:
+            integer("delimiter", delimiter, 0, array.shape[2] - 1)
+            require(delimiter != blank, f"delimiter and blank must differ, both are {blank}.")
         require(
             margin is None or (math.isfinite(margin) and margin >= 3),
             f"margin must be nats >= 3 or None, got {margin!r}; 300 keeps every text that matters exact.",
@@ -116,7 +128,8 @@ class PrefixFrames:
                 f"log_probs of utterance {utterance} are NaN or above 0, so they are no log-probabilities; "
                 "apply log_softmax.",
             )
-        return cls(array, frames.counts, blank, 0.0 if margin is None else math.exp(-margin))
+        cut = 0.0 if margin is None else math.exp(-margin)
+        return cls(array, frames.counts, blank, -1 if delimiter is None else delimiter, cut)
 
 
 def checked_labels(rows: object, labels: object, num_utterances: int) -> tuple[Int64Array, Int64Array]:
@@ -132,6 +145,7 @@ class PrefixScores:
         log_probs: float [utterances, frames, labels], array or tensor, nats; float32 inside.
         lengths: frames of each utterance, None = all. Later frames are not read.
         blank: index of the blank.
+        delimiter: index of the label between words; None = all labels are text.
         margin: nats, None = exact.
         threads: utterances scored at a time, None = all cores.
 
@@ -145,13 +159,19 @@ class PrefixScores:
         lengths: object = None,
         *,
         blank: int = 0,
+        delimiter: int | None = None,
         margin: float | None = None,
         threads: int | None = None,
     ) -> None:
-        frames = PrefixFrames.check(log_probs, lengths, blank, margin)
+        frames = PrefixFrames.check(log_probs, lengths, blank, delimiter, margin)
         workers = (os.cpu_count() or 1) if threads is None else integer("threads", threads, 1, 1024)
         self._native = _native.CtcPrefixScores(
-            log_probs=frames.log_probs, counts=frames.counts, blank=blank, cut=frames.cut, threads=workers
+            log_probs=frames.log_probs,
+            counts=frames.counts,
+            blank=blank,
+            delimiter=frames.delimiter,
+            cut=frames.cut,
+            threads=workers,
         )
 
     @property

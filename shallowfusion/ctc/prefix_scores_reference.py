@@ -26,22 +26,33 @@ NEVER = -math.inf
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Log-probs [frames + 1] of having said the prefix after so many frames; `blank` counts endings in blank only."""
+    """Log-probs [frames + 1] of having said the prefix after so many frames; `blank` counts endings in blank only.
+
+    `log_end` is that of the text if the prefix ends in a delimiter: it is that of the prefix without it.
+    """
 
     last_label: int | None
     log_psi: float
     any: Float64Array
     blank: Float64Array
+    log_end: float | None = None
 
 
 class ReferencePrefixScores:
     """`PrefixScoresProtocol` in Python; arguments as of `PrefixScores`."""
 
     def __init__(
-        self, log_probs: object, lengths: object = None, *, blank: int = 0, margin: float | None = None
+        self,
+        log_probs: object,
+        lengths: object = None,
+        *,
+        blank: int = 0,
+        delimiter: int | None = None,
+        margin: float | None = None,
     ) -> None:
-        frames = PrefixFrames.check(log_probs, lengths, blank, margin)
+        frames = PrefixFrames.check(log_probs, lengths, blank, delimiter, margin)
         self.blank = blank
+        self.delimiter = delimiter
         self.log_cut = math.log(frames.cut) if frames.cut else NEVER
         pairs = zip(frames.log_probs.astype(np.float64), frames.counts.tolist(), strict=True)
         self.log_probs = [own[:count] for own, count in pairs]
@@ -85,9 +96,17 @@ class ReferencePrefixScores:
         return own_rows, own_labels
 
     def _empty(self, frames: Float64Array) -> Row:
-        silent = np.concatenate([[0.0], np.cumsum(frames[:, self.blank])])
+        silent = np.concatenate([[0.0], np.cumsum(self._silences(frames))])
         silent[silent <= self.log_cut] = NEVER
         return Row(None, 0.0, silent, silent)
+
+    def _silences(self, frames: Float64Array) -> Float64Array:
+        """Log-prob of what may be said before the first and after the last word without adding, [frames]."""
+        silent: Float64Array = frames[:, self.blank]
+        return silent if self.delimiter is None else np.logaddexp(silent, frames[:, self.delimiter])
+
+    def _adds_nothing(self, row: Row, label: int) -> bool:
+        return self.delimiter is not None and label == self.delimiter and row.last_label in (None, self.delimiter)
 
     def _entries(self, row: Row, frames: Float64Array, label: int) -> Float64Array:
         """Log-prob that the label is said for the first time at each frame, [frames]."""
@@ -98,12 +117,30 @@ class ReferencePrefixScores:
     def _score(self, row: Row, frames: Float64Array, label: int) -> float:
         if row.log_psi == NEVER:
             return NEVER
-        mass = row.any[-1] if label == END else np.logaddexp.reduce(self._entries(row, frames, label), initial=NEVER)
+        if self._adds_nothing(row, label):
+            return 0.0
+        mass = (
+            self._ending(row, frames)
+            if label == END
+            else np.logaddexp.reduce(self._entries(row, frames, label), initial=NEVER)
+        )
         score = float(mass) - row.log_psi
         return score if score >= IMPOSSIBLE_BELOW else NEVER
 
+    def _ending(self, row: Row, frames: Float64Array) -> float:
+        """Log-prob of all alignments that end with the prefix, or with delimiters after it."""
+        if row.log_end is not None:
+            return row.log_end
+        whole = float(row.any[-1])
+        if self.delimiter is None or row.last_label is None:
+            return whole
+        after, silent = NEVER, self._silences(frames)
+        for t in range(len(frames)):
+            after = float(np.logaddexp(after + silent[t], row.any[t] + frames[t, self.delimiter]))
+        return float(np.logaddexp(whole, after))
+
     def _extended(self, row: Row, frames: Float64Array, label: int) -> Row:
-        if label == NOTHING:
+        if label == NOTHING or (row.log_psi != NEVER and self._adds_nothing(row, label)):
             return row
         never = np.full(len(frames) + 1, NEVER)
         score = NEVER if label == END else self._score(row, frames, label)
@@ -122,4 +159,5 @@ class ReferencePrefixScores:
             if has_begun and np.logaddexp(np.logaddexp(in_label[t + 1], in_blank[t + 1]), to_come[t + 1]) <= threshold:
                 in_label[t + 1] = in_blank[t + 1] = NEVER
                 break
-        return Row(label, log_psi, np.logaddexp(in_label, in_blank), in_blank)
+        log_end = self._ending(row, frames) if label == self.delimiter else None
+        return Row(label, log_psi, np.logaddexp(in_label, in_blank), in_blank, log_end)

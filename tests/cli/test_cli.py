@@ -58,7 +58,7 @@ def test_prompt_and_driver_reach_the_decoder(capsys) -> None:
 def test_where_ngrams_are_looked_up_reaches_the_decoder(capsys, monkeypatch) -> None:
     seen: list[tuple] = []
 
-    def remember(*given):
+    def remember(*given, ctc):
         seen.append(given)
         return decoder()
 

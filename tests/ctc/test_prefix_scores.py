@@ -98,6 +98,8 @@ def random_walk(seed: int, makes: tuple[Make, ...], **options: Any) -> None:
     log_probs[generator.random(log_probs.shape) < 0.05] = -np.inf
     lengths = generator.integers(0, frames + 1, size=utterances)
     blank = int(generator.integers(labels))
+    if options.get("delimiter"):
+        options["delimiter"] = (blank + int(generator.integers(1, labels))) % labels
     objects = [make(log_probs, lengths, blank=blank, **options) for make in makes]
     rows, choices = 1, [label for label in (END, NOTHING, *range(labels)) if label != blank]
     for _ in range(8):
@@ -123,6 +125,60 @@ def random_walk(seed: int, makes: tuple[Make, ...], **options: Any) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_both_agree_on_random_searches(seed: int) -> None:
     random_walk(seed, (PrefixScores, ReferencePrefixScores))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("margin", [None, 9.0])
+def test_both_agree_with_a_delimiter(seed: int, margin: float | None) -> None:
+    random_walk(seed, (PrefixScores, ReferencePrefixScores), delimiter=True, margin=margin)
+
+
+def words(text: tuple[int, ...], delimiter: int) -> tuple[int, ...]:
+    """A text without the delimiters that part no words, but the last one after the last word."""
+    plain: list[int] = []
+    for label in text:
+        if label != delimiter or (plain and plain[-1] != delimiter):
+            plain.append(label)
+    return tuple(plain)
+
+
+@pytest.mark.parametrize(("blank", "delimiter"), [(0, 1), (3, 0), (1, 3)])
+def test_words_of_every_length_equal_enumeration(make: Make, blank: int, delimiter: int) -> None:
+    log_probs = random_log_probs(blank, (2, 6, 4))
+    lengths = [6, 4]
+    labels = [label for label in range(4) if label != blank]
+    for utterance, length in enumerate(lengths):
+        wanted: dict[tuple[int, ...], float] = {}
+        for text, p in enumerated(log_probs[utterance, :length], blank).items():
+            begun = tuple(itertools.dropwhile(lambda label: label == delimiter, text))
+            wanted[begun] = wanted.get(begun, 0.0) + p
+        for size in range(5):
+            for text in itertools.product(labels, repeat=size):
+                plain = words(text, delimiter)
+                scores = make(log_probs, lengths, blank=blank, delimiter=delimiter)
+                beginning, whole = log_psi(scores, text, utterance, 2)
+                starts = sum(p for other, p in wanted.items() if other[: len(plain)] == plain)
+                np.testing.assert_allclose(np.exp(beginning), starts, rtol=1e-6, atol=1e-12)
+                said = plain[:-1] if plain[-1:] == (delimiter,) else plain
+                ends = sum(
+                    p
+                    for other, p in wanted.items()
+                    if other[: len(said)] == said and set(other[len(said) :]) <= {delimiter}
+                )
+                ends = ends if starts else 0.0  # what no alignment says has no end
+                np.testing.assert_allclose(np.exp(whole), ends, rtol=1e-6, atol=1e-12)
+
+
+def test_a_delimiter_between_words_alone_is_heard(make: Make) -> None:
+    scores = make(random_log_probs(1, (1, 12, 4)), blank=0, delimiter=3)
+    assert scores.scores([[0]], [[3]]).tolist() == [[0.0]]
+    scores.follow([[0]], [[1]])
+    assert scores.scores([[0]], [[3]])[0, 0] < 0
+    scores.follow([[0]], [[3]])
+    before = scores.scores([[0, 0]], [[3, 2]])
+    assert before[0, 0] == 0.0
+    scores.follow([[0]], [[3]])
+    assert scores.scores([[0, 0]], [[3, 2]]).tolist() == before.tolist()
 
 
 def test_threads_change_nothing() -> None:
@@ -218,6 +274,8 @@ def test_float16_and_tensors_are_read(make: Make) -> None:
         ({"log_probs": np.full((1, 2, 3), 2.0)}, "log_softmax"),
         ({"log_probs": VECTOR, "blank": 3}, "blank"),
         ({"log_probs": VECTOR, "blank": -1}, "blank"),
+        ({"log_probs": VECTOR, "delimiter": 3}, "delimiter"),
+        ({"log_probs": VECTOR, "delimiter": 0}, "differ"),
         ({"log_probs": VECTOR, "lengths": [4]}, "lengths"),
         ({"log_probs": VECTOR, "margin": 1.0}, "margin"),
         ({"log_probs": VECTOR, "margin": float("nan")}, "margin"),
@@ -274,6 +332,7 @@ def test_the_core_checks_its_own_border() -> None:
         "log_probs": random_log_probs(0, (2, 6, 4)),
         "counts": np.array([6, 3]),
         "blank": 0,
+        "delimiter": -1,
         "cut": 0.0,
         "threads": 2,
     }
@@ -288,6 +347,9 @@ def test_the_core_checks_its_own_border() -> None:
         {"counts": np.array([-1, 3])},
         {"blank": 4},
         {"blank": -1},
+        {"delimiter": 4},
+        {"delimiter": -2},
+        {"delimiter": 0},
         {"cut": 1.0},
         {"cut": -0.1},
         {"cut": float("nan")},
