@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +22,12 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.internal_lm import read_internal_context
-from shallowfusion.scorers.loading import (
-    AcousticModel,
-    LanguageModel,
-    choose_device,
-    choose_dtype,
-    load_language_model,
-    load_whisper,
-)
+from shallowfusion.scorers.loading import AcousticModel, Attention, LanguageModel, load_models
 from shallowfusion.scorers.ngram import Lookups
 from shallowfusion.scorers.prefixes import PrefixCache
 from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.device_loop import DevicePrograms
-from shallowfusion.search.drivers import driven_search
+from shallowfusion.search.drivers import driven_search, warm_up
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock
 from shallowfusion.search.sources import Sources
@@ -59,6 +53,8 @@ class FusionDecoder:
             fusion.internal_lm(variant="trained").
         lm_bridge: "bytes": causal language models on another tokenizer score the bytes of each candidate token (see
             `ByteBridge`); None = they are refused, unless the rule delays them.
+
+    `programs` holds what driver="device" has compiled and captured: `programs.resize(8)` keeps more than 4.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
-        self._programs = DevicePrograms()
+        self.programs = DevicePrograms()
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
     @classmethod
@@ -84,6 +80,7 @@ class FusionDecoder:
         internal_context: str | Path | None = None,
         lm_bridge: LmBridge | None = None,
         ngram_lookups: Lookups = "auto",
+        attention: Attention = "auto",
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -99,17 +96,15 @@ class FusionDecoder:
             lm_bridge: "bytes" takes causal language models with any tokenizer; multilingual Whisper goes with GPT-2.
             ngram_lookups: of n-gram models of pieces: "rows" (every token, in the fused step), "candidates" (only what
                 survives it) or "auto" (candidates on CUDA, where the rule allows it); see `NgramScorer`.
+            attention: "sdpa" (torch's), "triton" (kernels that read each live key of an utterance once for all its
+                beams; on CUDA) or "auto" (torch's; on the CPU, over frames, C++ where that is faster).
 
         Raises:
             ModelError: a model cannot be loaded.
             VocabularyError: an n-gram model of neither the acoustic model's pieces nor words it can spell.
         """
-        where = choose_device(device)
-        number = choose_dtype(dtype, where)
-        acoustic = load_whisper(str(asr), where, number)
-        names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
-        vocabulary = acoustic.scorer.vocabulary
-        models = [load_language_model(str(name), vocabulary, where, number, ngram_lookups) for name in names]
+        names = [str(lm)] if isinstance(lm, (str, Path)) else [str(name) for name in lm or ()]
+        acoustic, models = load_models(str(asr), names, device, dtype, ngram_lookups, attention)
         context = None if internal_context is None else read_internal_context(internal_context)
         return cls(acoustic, models, context, lm_bridge)
 
@@ -127,6 +122,29 @@ class FusionDecoder:
     def prefixes(self) -> PrefixCache:
         """Prompts that the language models have read: its `resize` and `clear` are for callers."""
         return self._planner.prefixes
+
+    def warm_up(
+        self, utterances: int | Sequence[int] = 1, options: DecodingOptions | None = None, **names: Any
+    ) -> dict[int, float]:
+        """Do ahead what the first decode of so many utterances would: compile kernels, capture the step's CUDA graph.
+
+        Later decodes whose options differ in weights and other numbers share it (`structure` in search/device_step.py).
+
+        Args:
+            options: of the decodes to come, prompts and driver included; or option names as keywords.
+
+        Returns:
+            Seconds it took, by number of utterances.
+        """
+        options, scorer = self._options(options, names), self.acoustic.scorer
+        sizes, found = scorer.model.config, {}
+        for count in [utterances] if isinstance(utterances, int) else utterances:
+            require(count >= 1, f"utterances must be at least 1, got {count}.")
+            start = time.perf_counter()
+            silence = torch.zeros((count, sizes.num_mel_bins, 2 * sizes.max_source_positions))
+            warm_up(self.sources(scorer.encode(silence), options), options.driver, self.programs)
+            found[count] = time.perf_counter() - start
+        return found
 
     def session(self, **settings: Any) -> DecoderSession:
         """A session, which takes requests while others are decoded: `with decoder.session() as session: ...`.
@@ -199,7 +217,7 @@ class FusionDecoder:
             InvalidArgumentError: a tensor that is neither, `seconds` that do not pair, or bad options.
         """
         options = self._options(options, names)
-        clock = StageClock()
+        clock = StageClock.on(self.acoustic.scorer.device)
         output = self._encoder_output(inputs, clock)
         window = float(self.acoustic.features.chunk_seconds)
         lengths = [window] * len(output) if seconds is None else [float(own) for own in seconds]
@@ -209,7 +227,7 @@ class FusionDecoder:
             f"got {lengths}.",
         )
         searched = self._search(output, options, clock, None if seconds is None else lengths, evidence)
-        timing = Timing(dict(clock.seconds), sum(lengths), dict(clock.counts))
+        timing = Timing.of(clock, sum(lengths))
         return [
             Transcription(f"array {i}", hypotheses, language, lengths[i], rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
@@ -229,7 +247,7 @@ class FusionDecoder:
         self, items: Sequence[Any], first: int, options: DecodingOptions, evidence: Evidence
     ) -> list[Transcription]:
         """Results of a few recordings; those that cannot be read fail alone."""
-        clock = StageClock()
+        clock = StageClock.on(self.acoustic.scorer.device)
         sources = [str(item) if isinstance(item, (str, Path)) else f"array {first + i}" for i, item in enumerate(items)]
         results: list[Transcription | None] = [None] * len(items)
         samples: list[Tensor] = []
@@ -245,7 +263,7 @@ class FusionDecoder:
             rate = self.acoustic.features.sampling_rate
             seconds = [len(own) / rate for own in samples]
             searched = self._search(self._encoder_output(features, clock), options, clock, seconds, evidence)
-            timing = Timing(dict(clock.seconds), sum(seconds), dict(clock.counts))
+            timing = Timing.of(clock, sum(seconds))
             good = (i for i, result in enumerate(results) if result is None)
             for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
                 results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
@@ -300,7 +318,7 @@ class FusionDecoder:
         evidence: Evidence | None = None,
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._planner.sources(encoder_output, options, clock, seconds)
-        outcomes = driven_search(own, options.driver, clock, self._programs)
+        outcomes = driven_search(own, options.driver, clock, self.programs)
         outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
             found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]
