@@ -40,7 +40,7 @@ class SessionEngine:
     def __init__(self, acoustic: AcousticModel, read: Callable[[Any, str], Tensor], settings: SessionSettings) -> None:
         self.acoustic = acoustic
         self.settings = settings
-        self.clock = StageClock()
+        self.clock = StageClock.on(acoustic.scorer.device)
         self.num_finished = self.num_failed = self.num_cancelled = 0
         self._read = read
         self._shares: dict[str, float] = defaultdict(float)  # by stage, what an utterance that always ran had cost
@@ -194,14 +194,17 @@ class SessionEngine:
         counts = StageClock()
         if own.rule is not None and own.rule.delay is not None:  # such a cohort is of one utterance
             (outcome,) = finished([outcome], own.late, counts)
-        with self.clock("text"):
+        with self.clock("text"), counts("text"):
             listed = hypotheses_of(outcome, own.part_names, self.acoustic)
         if job.encoded is not None:
             window = float(self.acoustic.features.chunk_seconds)
             prefix = own.contexts[0].prompts[place]
             sound = job.seconds / window
-            listed = ranked_by_listening(listed, self.acoustic, job.encoded, prefix, sound, options)
-        stages = dict(job.timing.stages)
+            with self.clock("asr"), counts("asr"):
+                listed = ranked_by_listening(listed, self.acoustic, job.encoded, prefix, sound, options)
+        stages = {stage: job.timing.stages.get(stage, 0.0) for stage in {**job.timing.stages, **counts.seconds}}
+        for stage, seconds in counts.seconds.items():  # this request's alone
+            stages[stage] += seconds
         for stage, seconds in self._shares.items():
             stages[stage] = stages.get(stage, 0.0) + seconds - job.before.get(stage, 0.0)
         timing = Timing(stages, job.seconds, {**job.timing.counts, **counts.counts})
