@@ -35,7 +35,7 @@ class Case:
     Args:
         name: used on the command line.
         run: (device, quick) -> rows, a list after each shape, so that a run cut short keeps what it measured.
-        tests: files that must pass first; the second is for CUDA.
+        tests: files that must pass first; on CUDA their tests marked `gpu`, of which there must be some.
         devices: where it can run.
     """
 

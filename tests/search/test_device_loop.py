@@ -16,20 +16,11 @@ from shallowfusion.kernels.beam_advance_arrays import RING_ENTRIES
 from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.search.device_loop import DevicePrograms, bucket, device_search, refusal, slot_bytes
 from shallowfusion.search.loop import SearchOutcome, StageClock, search
-from tests.tiny import TEXT_TOKENS, random_encoder_output, tiny_decoder, tiny_lm, tiny_whisper
+from tests.tiny import DEVICES, TEXT_TOKENS, decoder_on, random_encoder_output, tiny_decoder, tiny_lm, tiny_whisper
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPTIONS: dict[str, Any] = {
     "suppress_blank": False, "suppress_tokens": None, "max_new_tokens": 12, "beam_size": 4, "n_best": 4,
 }  # fmt: skip
-
-
-def decoder_on(device: str, seed: int = 1) -> FusionDecoder:
-    decoder = tiny_decoder(seed)
-    for scorer in (decoder.acoustic.scorer, *decoder.language_models):
-        scorer.model.to(device)
-        scorer.device = torch.device(device)
-    return decoder
 
 
 @pytest.fixture(scope="module", params=DEVICES)
