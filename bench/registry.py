@@ -14,6 +14,7 @@ from bench import (
     decode,
     delayed,
     fused_step,
+    fused_step_graph,
     internal_lm,
     ngram,
     peers,
@@ -47,6 +48,7 @@ class Case:
 
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
+    Case("fused_step_graph", fused_step_graph.run, ("tests/kernels/test_fused_step_triton.py",), ("cuda",)),
     Case(
         "attention",
         attention.run,
