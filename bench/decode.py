@@ -28,6 +28,7 @@ class Shape:
 
     Args:
         lm_key_heads: of a Llama-type language model; 0 = it is a GPT-2.
+        encoder_layers: few where nothing is encoded.
     """
 
     width: int
@@ -39,6 +40,7 @@ class Shape:
     frames: int = 1500
     lm_key_heads: int = 0
     lm_vocab: int = 50_257
+    encoder_layers: int = 1
 
 
 SHAPES = {
@@ -73,7 +75,7 @@ def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.floa
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=51_864, d_model=shape.width, encoder_layers=1, decoder_layers=shape.layers,
+        vocab_size=51_864, d_model=shape.width, encoder_layers=shape.encoder_layers, decoder_layers=shape.layers,
         encoder_attention_heads=shape.heads, decoder_attention_heads=shape.heads, encoder_ffn_dim=4 * shape.width,
         decoder_ffn_dim=4 * shape.width, max_source_positions=shape.frames, pad_token_id=END, bos_token_id=END,
         eos_token_id=END, decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
