@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.timing import Measurement, measurements, take_turns
 
 __all__ = [
-    "SHAPES", "WEIGHT", "Pair", "Shape", "encoder_output", "generate", "make_pair", "ours", "run",
+    "SHAPES", "WEIGHT", "Pair", "Shape", "decoders", "encoder_output", "generate", "make_pair", "ours", "run",
 ]  # fmt: skip
 
 WEIGHT = 0.3
@@ -24,7 +24,12 @@ TEXT_TOKENS, END, START, NO_TIMESTAMPS = 50_256, 50_256, 50_257, 50_362
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an acoustic and a language model."""
+    """Sizes of an acoustic and a language model.
+
+    Args:
+        lm_key_heads: of a Llama-type language model; 0 = it is a GPT-2.
+        encoder_layers: few where nothing is encoded.
+    """
 
     width: int
     layers: int
@@ -33,6 +38,9 @@ class Shape:
     lm_layers: int
     lm_heads: int
     frames: int = 1500
+    lm_key_heads: int = 0
+    lm_vocab: int = 50_257
+    encoder_layers: int = 1
 
 
 SHAPES = {
@@ -54,35 +62,28 @@ class Pair:
     lm: torch.nn.Module
 
 
-def make_pair(
-    shape: Shape,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    prepared: bool = True,
-    encoder_layers: int = 1,
-) -> Pair:
+def make_pair(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, prepared: bool = True) -> Pair:
     """Random weights, peaked enough that hypotheses differ by more than rounding; ends are never reached.
 
     Args:
         dtype: of our models on the CPU; peers have float32 ones of the same weights. Elsewhere all share one pair.
         prepared: ours are as `from_pretrained` makes them ready; False = as they are.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel, WhisperConfig, WhisperForConditionalGeneration
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     from shallowfusion.scorers.preparation import prepare
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=51_864, d_model=shape.width, encoder_layers=encoder_layers, decoder_layers=shape.layers,
+        vocab_size=51_864, d_model=shape.width, encoder_layers=shape.encoder_layers, decoder_layers=shape.layers,
         encoder_attention_heads=shape.heads, decoder_attention_heads=shape.heads, encoder_ffn_dim=4 * shape.width,
         decoder_ffn_dim=4 * shape.width, max_source_positions=shape.frames, pad_token_id=END, bos_token_id=END,
         eos_token_id=END, decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
     whisper = WhisperForConditionalGeneration(config).eval()
     whisper.generation_config.no_timestamps_token_id = NO_TIMESTAMPS
-    lm_config = GPT2Config(n_embd=shape.lm_width, n_layer=shape.lm_layers, n_head=shape.lm_heads)
-    lm = GPT2LMHeadModel(lm_config).eval()
-    for norm in (whisper.model.decoder.layer_norm, lm.transformer.ln_f):
+    lm, last_norm = language_model(shape)
+    for norm in (whisper.model.decoder.layer_norm, last_norm):
         torch.nn.init.constant_(norm.weight, 6.0)
     whisper, lm = whisper.to(device), lm.to(device)
     own = (whisper, lm)
@@ -91,6 +92,23 @@ def make_pair(
         for model in own:
             prepare(model, dtype)
     return Pair(*decoders(*own), *own, whisper, lm)
+
+
+def language_model(shape: Shape) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A causal LM of random weights, and the norm before its head."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if not shape.lm_key_heads:
+        gpt2 = GPT2Config(n_embd=shape.lm_width, n_layer=shape.lm_layers, n_head=shape.lm_heads)
+        lm = GPT2LMHeadModel(gpt2).eval()
+        return lm, lm.transformer.ln_f
+    config = LlamaConfig(
+        vocab_size=shape.lm_vocab, hidden_size=shape.lm_width, intermediate_size=4 * shape.lm_width,
+        num_hidden_layers=shape.lm_layers, num_attention_heads=shape.lm_heads, num_key_value_heads=shape.lm_key_heads,
+        max_position_embeddings=2048, bos_token_id=END, eos_token_id=END, tie_word_embeddings=True,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).eval()
+    return llama, llama.model.norm
 
 
 def decoders(whisper: torch.nn.Module, lm: torch.nn.Module) -> tuple[object, object]:
@@ -110,7 +128,8 @@ def decoders(whisper: torch.nn.Module, lm: torch.nn.Module) -> tuple[object, obj
         FeatureSettings(chunk_seconds=whisper.config.max_source_positions // 50),
         whisper_tokens(whisper),
     )
-    scorer = CausalLMScorer(lm, Vocabulary((*pieces, None), END, END, "gpt2"))
+    unknown = lm.config.vocab_size - TEXT_TOKENS  # type: ignore[union-attr]
+    scorer = CausalLMScorer(lm, Vocabulary((*pieces, *[None] * unknown), END, END, "language model"))
     return FusionDecoder(acoustic, [scorer]), FusionDecoder(acoustic)
 
 

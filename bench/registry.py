@@ -15,7 +15,9 @@ from bench import (
     ctc_prefix,
     decode,
     delayed,
+    end_to_end,
     fused_step,
+    fused_step_graph,
     internal_lm,
     ngram,
     peers,
@@ -39,7 +41,7 @@ class Case:
     Args:
         name: used on the command line.
         run: (device, quick) -> rows, a list after each shape, so that a run cut short keeps what it measured.
-        tests: files that must pass first; the second is for CUDA.
+        tests: files that must pass first; on CUDA their tests marked `gpu`, of which there must be some.
         devices: where it can run.
     """
 
@@ -51,6 +53,7 @@ class Case:
 
 CASES = (
     Case("fused_step", fused_step.run, ("tests/fusion/test_native_step.py", "tests/kernels/test_fused_step_triton.py")),
+    Case("fused_step_graph", fused_step_graph.run, ("tests/kernels/test_fused_step_triton.py",), ("cuda",)),
     Case(
         "attention",
         attention.run,
@@ -61,6 +64,12 @@ CASES = (
         "step_ladder",
         step_ladder.run,
         ("tests/search/test_device_loop.py", "tests/search/test_beam_mirror.py", "tests/kernels/test_beam_advance.py"),
+    ),
+    Case(
+        "end_to_end",
+        end_to_end.run,
+        ("tests/search/test_device_loop.py", "tests/search/test_generate_parity.py", "tests/scorers/test_loading.py"),
+        ("cuda",),
     ),
     Case("peers", peers.run, ("tests/search/test_generate_parity.py", "tests/scorers/test_preparation.py"), ("cpu",)),
     Case("products", products.run, ("tests/scorers/test_preparation.py",), ("cpu",)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
     yield list(_cohorts(alike, shape, device))
     yield list(shipped_overlap(device, quick))
-    whole = make_pair(SHAPES[shape], device, encoder_layers=SHAPES[shape].layers)
+    whole = make_pair(replace(SHAPES[shape], encoder_layers=SHAPES[shape].layers), device)
     few = Work(whole.fused, states[: count // 2], lengths[: count // 2], [5] * (count // 2))
     yield list(_shape_overlap(few, shape, device))
 

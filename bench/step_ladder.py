@@ -12,10 +12,13 @@ that of a whole search from the encoder output divided by its tokens, prompts in
     device-driven            the device decides; on the CPU the same step through the readable twins, for the record
     captured                 one CUDA graph per step, the models one after the other
     two branches             the same with the models side by side
+    ..., slot tables         attention over the slots that hypotheses see, by the tables that the step keeps: our
+                             kernels on CUDA, gathered slots and SDPA on the CPU; else SDPA over all slots in a mask
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.decode import SHAPES, Pair, Shape, encoder_output, generate, make_pair
+from bench.decode import SHAPES, Pair, Shape, decoders, encoder_output, generate, make_pair
 from bench.timing import Measurement, measurements, take_turns
 
 __all__ = ["run"]
@@ -32,7 +35,9 @@ WEIGHT = 0.3
 LARGE = {
     "whisper-large-v3+gpt2-large": Shape(1280, 32, 20, 1280, 36, 20),
     "whisper-large-v3-turbo+gpt2-large": Shape(1280, 4, 20, 1280, 36, 20),
+    "whisper-large-v3+llama-1b": Shape(1280, 32, 20, 2048, 16, 32, lm_key_heads=8, lm_vocab=128_256),
 }
+TINY_LLAMA = Shape(64, 2, 4, 64, 2, 4, frames=100, lm_key_heads=2, lm_vocab=51_000)
 Tokens = list[tuple[int, ...]]
 GENERATE = "generate, cached LM"
 INT8 = "prepared, int8"
@@ -63,6 +68,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     """Every rung that the device has, at each shape; our own rungs must find the same hypotheses."""
     if quick:
         yield ladder("tiny", SHAPES["tiny"], 1, 5, 6, device, torch.float32)
+        yield ladder("tiny with llama", TINY_LLAMA, 1, 5, 6, device, torch.float32)
         return
     if device == "cpu":
         for utterances in (1, 8):
@@ -128,13 +134,17 @@ def note_of(rung: str, device: str) -> str:
         return "per step; its own hypotheses, since its LM reads special tokens as end tokens"
     if rung == "device-driven" and device == "cpu":
         return "readable twins, not kernels; slots of the longest search are read"
+    if rung == "device-driven, slot tables" and device == "cpu":
+        return "readable twins, not kernels; slots that hypotheses see are gathered and read"
     return "per step; weights read once are the floor"
 
 
 def rungs_of(pair: Pair, states: Tensor, beams: int, tokens: int, device: str) -> dict[str, Callable[[], Tokens]]:
     from shallowfusion.search.device_loop import DevicePrograms
 
-    own = pair.fused.sources(states, _options(beams, tokens))  # type: ignore[attr-defined]
+    options = _options(beams, tokens)
+    own = pair.fused.sources(states, options)  # type: ignore[attr-defined]
+    by_table = slot_attending(pair, device).sources(states, options)  # type: ignore[attr-defined]
     rungs: dict[str, Callable[[], Tokens]] = {
         GENERATE: lambda: generate(pair, states, beams, tokens, "cached"),
         "reorder copies K/V": lambda: searched(own, copies=True),
@@ -142,11 +152,24 @@ def rungs_of(pair: Pair, states: Tensor, beams: int, tokens: int, device: str) -
     }
     plain = DevicePrograms(captures=False, branches=False)
     rungs["device-driven"] = lambda: searched(own, programs=plain)
+    rungs["device-driven, slot tables"] = lambda: searched(by_table, programs=plain)
     if device == "cuda":
         captured, branched = DevicePrograms(branches=False), DevicePrograms()
         rungs["captured"] = lambda: searched(own, programs=captured)
+        rungs["captured, slot tables"] = lambda: searched(by_table, programs=captured)
         rungs["two branches"] = lambda: searched(own, programs=branched)
+        rungs["two branches, slot tables"] = lambda: searched(by_table, programs=branched)
     return rungs
+
+
+def slot_attending(pair: Pair, device: str) -> object:
+    """Our decoder over copies of its models that attend by slot tables."""
+    from shallowfusion.scorers.attention import set_slot_attention
+
+    models = (copy.deepcopy(pair.own_whisper), copy.deepcopy(pair.own_lm))
+    for model in models:
+        set_slot_attention(model, "triton" if device == "cuda" else "sdpa")
+    return decoders(*models)[0]
 
 
 def searched(own: Any, *, copies: bool = False, programs: Any = None) -> Tokens:

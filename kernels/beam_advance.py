@@ -18,7 +18,6 @@ from shallowfusion.kernels.beam_advance_arrays import (
     AdvanceTables,
     BeamArrays,
     SlotArrays,
-    max_finished,
 )
 from shallowfusion.kernels.fused_step import Launch
 from shallowfusion.values import Candidates, RowStatistics
@@ -40,11 +39,10 @@ def plan_beam_advance(tables: AdvanceTables, arrays: BeamArrays, candidates: Can
         ),
         (
             tables.end_ids, tables.scales, tables.stop_scales, tables.weights,
-            tables.edit_tokens, tables.edit_until, tables.edit_values,
+            tables.edit_tokens, tables.edit_until, tables.edit_values, tables.limits,
         ),
         (arrays.tokens, arrays.parents, arrays.totals, arrays.weights, arrays.bias),
-        arrays.ring, tables.num_edits, settings.max_new_tokens, max_finished(settings),
-        settings.end_ids[0] if settings.end_ids else 0,
+        arrays.ring, tables.longest + 1, settings.end_ids[0] if settings.end_ids else 0,
     )  # fmt: skip
     constants = {
         "RULE": RULES[settings.stop_rule],
@@ -74,10 +72,7 @@ def plan_follow_slots(arrays: BeamArrays, slots: SlotArrays, mapping: Tensor | N
     beam_size = arrays.parents.shape[1]
     arguments = (
         (arrays.tokens, arrays.parents, arrays.done),
-        (
-            slots.steps, slots.seen, slots.last_tokens, slots.last_slots, slots.slots, slots.bits, slots.counts,
-            slots.sight,
-        ),
+        (slots.steps, slots.seen, slots.last_tokens, slots.last_slots, slots.table, slots.sight),
         (slots.ids, slots.positions, slots.writes),
         mapping, vocab, slots.capacity // SLOT_ROUNDING, slots.first_slot,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "AdvanceTables",
     "BeamArrays",
     "SlotArrays",
+    "edit_room",
     "max_finished",
     "record_words",
 ]
@@ -45,12 +46,16 @@ def max_finished(settings: BeamSettings) -> int:
 class AdvanceTables:
     """What a step looks up by length; the same for all utterances of a search.
 
+    Numbers, not shapes: `take` writes those of another search in their place, under a step that was captured.
+
     Args:
         settings: without recombination.
         end_ids: int32 [ends].
-        scales: float32 [max_new_tokens + 1], what a total is divided by for its key at each length.
+        limits: int32 [3], max_new_tokens, `max_finished`, num_edits.
+        scales: float32 [longest + 1], what a total is divided by for its key at each length; longest is at least
+            max_new_tokens.
         stop_scales: the same for the best live hypothesis when the stop rule asks what it could still reach.
-        weights: float32 [max_new_tokens + 1, sources], weights of the fused step after so many tokens.
+        weights: float32 [longest + 1, sources], weights of the fused step after so many tokens.
         edit_tokens, edit_until: int32 [edits], tokens forbidden in the first `until` steps; distinct.
         edit_values: float32 [edits], their bias from then on.
         num_edits: how many edits count; the rest is padding.
@@ -58,6 +63,7 @@ class AdvanceTables:
 
     settings: BeamSettings
     end_ids: Tensor
+    limits: Tensor
     scales: Tensor
     stop_scales: Tensor
     weights: Tensor
@@ -73,12 +79,14 @@ class AdvanceTables:
         weights: Tensor,
         edits: Sequence[tuple[int, int, float]] = (),
         device: torch.device | str = "cpu",
+        longest: int = 0,
     ) -> AdvanceTables:
         """Tables of a search.
 
         Args:
             weights: float32 [max_new_tokens + 1, sources].
             edits: (token, until, bias afterwards) of tokens that may not be said in the first steps.
+            longest: tokens there is room for, if more than max_new_tokens.
 
         Raises:
             InvalidArgumentError: recombination, more than 32 lanes, or more tokens than a table holds.
@@ -95,16 +103,18 @@ class AdvanceTables:
             raise InvalidArgumentError(
                 f"a device-driven search does not recombine, got {settings.recombination!r}; use the host-driven one."
             )
-        longest = settings.max_new_tokens
+        most = settings.max_new_tokens
+        longest = max(longest, most)
         scales = [scale_of(settings, length) for length in range(longest + 1)]
         judged_late = settings.early_stopping == "never" and (settings.length_penalty or 0.0) > 0
-        stop_scales = [scales[longest]] * (longest + 1) if judged_late else scales
-        width = max(1, 1 << (len(edits) - 1).bit_length() if edits else 1)
-        padded = [*edits, *[(0, 0, 0.0)] * (width - len(edits))]
+        stop_scales = [scales[most]] * (longest + 1) if judged_late else scales
+        padded = [*edits, *[(0, 0, 0.0)] * (edit_room(len(edits)) - len(edits))]
         tokens, until, values = zip(*padded, strict=True)
+        weights = torch.cat([weights, weights[-1:].expand(longest - most, -1)])
         return cls(
             settings=settings,
             end_ids=torch.tensor(settings.end_ids, dtype=torch.int32, device=device),
+            limits=torch.tensor([most, max_finished(settings), len(edits)], dtype=torch.int32, device=device),
             scales=torch.tensor(scales, dtype=torch.float32, device=device),
             stop_scales=torch.tensor(stop_scales, dtype=torch.float32, device=device),
             weights=weights.to(device, torch.float32).contiguous(),
@@ -113,6 +123,23 @@ class AdvanceTables:
             edit_values=torch.tensor(values, dtype=torch.float32, device=device),
             num_edits=len(edits),
         )
+
+    @property
+    def longest(self) -> int:
+        return len(self.scales) - 1
+
+    def take(self, other: AdvanceTables) -> AdvanceTables:
+        """These tensors with the numbers of other tables, which have the same shapes."""
+        kept = {}
+        for own in fields(self):
+            mine, theirs = getattr(self, own.name), getattr(other, own.name)
+            kept[own.name] = mine.copy_(theirs) if isinstance(mine, Tensor) else theirs
+        return AdvanceTables(**kept)
+
+
+def edit_room(num_edits: int) -> int:
+    """Edits that tables have room for: powers of two, at least 4, so that searches of all kinds fit few shapes."""
+    return max(4, 1 << max(0, num_edits - 1).bit_length())
 
 
 def scale_of(settings: BeamSettings, length: int) -> float:
@@ -136,7 +163,7 @@ class BeamArrays:
             finished hypotheses.
         keys: float32 [utterances, beam_size]: the keys of the pool, best first (`hf`); the best finished total
             (`espnet`, in column 0).
-        ended_totals: float32 [utterances, max_new_tokens + 1], best finished total of each length (`espnet`).
+        ended_totals: float32 [utterances, longest + 1], best finished total of each length (`espnet`).
         hashes: int64 [utterances], of everything decided so far, in order.
         tokens, parents: int64 [utterances, beam_size], the live lanes as `BeamStep` has them.
         totals: float32 [rows].
@@ -166,7 +193,7 @@ class BeamArrays:
         """Memory for a batch, on the device of the tables; `reset` starts a search in it."""
         device, lanes = tables.scales.device, tables.settings.beam_size
         rows, sources = num_utterances * lanes, tables.weights.shape[1]
-        longest = tables.settings.max_new_tokens
+        longest = tables.longest
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -211,9 +238,10 @@ class SlotArrays:
         steps: int32 [utterances], steps followed.
         seen, last_tokens, last_slots: int32 [utterances, beam_size]: tokens in a lane's history, the last of them, and
             where its keys are.
-        slots: int32 [utterances, capacity], the slots that some lane sees, in order of time; counts says how many.
-        bits: int32 [utterances, capacity], bit k is set where lane k sees that slot.
-        sight: int32 [utterances, capacity], the same by slot, 0 where nobody sees it: what masks are made of.
+        table: int32 [utterances, 3, capacity], what an attention kernel walks (scorers/slot_tables.py): row 0 the
+            number of the utterance and how many slots some lane sees, row 1 those slots in order of time, row 2 in bit
+            k whether lane k sees it.
+        sight: int32 [utterances, capacity], the same bits by slot, 0 where nobody sees it: what masks are made of.
         lanes: int32 [1, 1, beam_size, 1], 0, 1, ...
         ids, positions, writes: int64 [utterances, beam_size]: what the model reads, where it stands, its slot.
         first_slot: of step 0; those before hold the prompt.
@@ -223,9 +251,7 @@ class SlotArrays:
     seen: Tensor
     last_tokens: Tensor
     last_slots: Tensor
-    slots: Tensor
-    bits: Tensor
-    counts: Tensor
+    table: Tensor
     sight: Tensor
     lanes: Tensor
     ids: Tensor
@@ -235,7 +261,19 @@ class SlotArrays:
 
     @property
     def capacity(self) -> int:
-        return int(self.slots.shape[1])
+        return int(self.table.shape[2])
+
+    @property
+    def counts(self) -> Tensor:
+        return self.table[:, 0, 1]
+
+    @property
+    def slots(self) -> Tensor:
+        return self.table[:, 1]
+
+    @property
+    def bits(self) -> Tensor:
+        return self.table[:, 2]
 
     @classmethod
     def make(
@@ -247,14 +285,14 @@ class SlotArrays:
             return torch.zeros((num_utterances, width), dtype=dtype, device=device)
 
         capacity = -(-(prompt_slots + max_new_tokens * beam_size) // SLOT_ROUNDING) * SLOT_ROUNDING
+        table = empty(3 * capacity).view(num_utterances, 3, capacity)
+        table[:, 0, 0] = torch.arange(num_utterances, device=device)
         return cls(
             steps=empty(1).view(-1),
             seen=empty(beam_size),
             last_tokens=empty(beam_size),
             last_slots=empty(beam_size),
-            slots=empty(capacity),
-            bits=empty(capacity),
-            counts=empty(1).view(-1),
+            table=table,
             sight=empty(capacity),
             lanes=torch.arange(beam_size, dtype=torch.int32, device=device).view(1, 1, -1, 1),
             ids=empty(beam_size, torch.int64),

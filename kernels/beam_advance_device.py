@@ -97,10 +97,9 @@ def end_detected(ended, best, length):
     return detected
 
 
-@triton.jit(do_not_specialize=["num_edits", "max_new_tokens", "max_finished", "dead_token"])
+@triton.jit(do_not_specialize=["ended_width", "dead_token"])
 def beam_advance(
-    candidates, state, tables, outputs, ring,
-    num_edits, max_new_tokens, max_finished, dead_token,
+    candidates, state, tables, outputs, ring, ended_width, dead_token,
     RULE: tl.constexpr, EARLY: tl.constexpr, ENDS: tl.constexpr, PARTS: tl.constexpr, SOURCES: tl.constexpr,
     RING: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, EDITS: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +110,7 @@ def beam_advance(
     """
     cand_totals, cand_rows, cand_tokens, cand_parts, flags = candidates
     lengths, clocks, done_flags, finished_counts, keys, ended_totals, hashes = state
-    end_ids, scales, stop_scales, weight_table, edit_tokens, edit_until, edit_values = tables
+    end_ids, scales, stop_scales, weight_table, edit_tokens, edit_until, edit_values, limits = tables
     tokens_out, parents_out, totals_out, weights_out, bias = outputs
     utterance = tl.program_id(0).to(tl.int64)
     clock = tl.load(clocks + utterance)
@@ -138,12 +137,13 @@ def beam_advance(
             ends = ends | (tokens == tl.load(end_ids + e))
 
         # who finishes and who lives
+        max_new_tokens = tl.load(limits)
         none_possible = tl.sum(possible.to(tl.int32), axis=0) == 0
         length = tl.load(lengths + utterance) + tl.where(none_possible, 0, 1)
         at_limit = length >= max_new_tokens
         finished = tl.load(finished_counts + utterance)
         last = place * 0 + length >= max_new_tokens  # the interpreter makes numbers of a truth value it spreads
-        finishing, lives, to_lane = choose(possible, ends, rank, finished, max_finished, last, RULE, K)
+        finishing, lives, to_lane = choose(possible, ends, rank, finished, tl.load(limits + 1), last, RULE, K)
         num_live = tl.sum(lives.to(tl.int32), axis=0)
         finished += tl.sum(finishing.to(tl.int32), axis=0)
         stops = none_possible | (num_live == 0) | at_limit
@@ -163,11 +163,11 @@ def beam_advance(
             hopeless = tl.div_rn(best_live, tl.load(stop_scales + length)) <= worst
             stops = stops | ((finished == K) & ((EARLY == FIRST) | (K == 1) | hopeless))
         elif RULE == WHISPER:
-            stops = stops | (finished >= max_finished)
+            stops = stops | (finished >= tl.load(limits + 1))
         else:
             fresh_best = tl.max(tl.where(finishing, totals, IMPOSSIBLE), axis=0)
             best = tl.maximum(tl.load(keys + utterance * K), fresh_best)
-            ended = ended_totals + utterance * (max_new_tokens + 1)
+            ended = ended_totals + utterance * ended_width
             stops = stops | end_detected(ended, best, length)
             tl.store(keys + utterance * K, best)
             tl.store(ended + length, fresh_best, mask=none_possible == 0)
@@ -218,7 +218,7 @@ def beam_advance(
     # masks of the next step are the same for all: one program writes the few tokens that change
     if utterance == 0:
         edit = tl.arange(0, EDITS)
-        mine = edit < num_edits
+        mine = edit < tl.load(limits + 2)
         token = tl.load(edit_tokens + edit, mask=mine, other=0)
         until = tl.load(edit_until + edit, mask=mine, other=0)
         value = tl.load(edit_values + edit, mask=mine, other=0.0)
@@ -233,16 +233,21 @@ def follow_slots(
     """What one model reads next and what each lane sees of its slots (KERNELS 4.5); nothing is moved but bits.
 
     Lane k of step t writes slot first_slot + t * K + k. The list of slots that some lane sees stays in order and
-    loses those that none sees; `sight` holds the same bits by slot. A lane whose token the model lacks reads its last
-    token anew in a fresh slot, so that its logits are what they were. Reads 8 and writes 12 bytes per listed slot.
+    loses those that none sees; it is the slot table that `attend_slots` walks. `sight` holds the same bits by slot. A
+    lane whose token the model lacks reads its last token anew in a fresh slot, so that its logits are what they were.
+    Reads 8 and writes 12 bytes per listed slot.
     """
     tokens_in, parents_in, done_flags = advanced
-    steps, seen, last_tokens, last_slots, slots, bits, counts, sight = memory
+    steps, seen, last_tokens, last_slots, table, sight = memory
     ids_out, positions_out, writes_out = feed
     utterance = tl.program_id(0).to(tl.int64)
     if tl.load(done_flags + utterance) == 0:
         step = tl.load(steps + utterance)
-        count = tl.load(counts + utterance)
+        capacity = chunks * SLOT_CHUNK  # so that loads are known to be aligned
+        listed = table + utterance * (3 * capacity) + capacity
+        own_bits = listed + capacity
+        by_slot = sight + utterance * capacity
+        count = tl.load(listed - capacity + 1)
         lane = tl.arange(0, KP)
         in_beam = lane < K
         at = utterance * K + lane
@@ -258,10 +263,6 @@ def follow_slots(
         left = tl.load(last_slots + utterance * K + parents, mask=in_beam, other=-1)
         left = tl.where(idle, left, -1)
 
-        capacity = chunks * SLOT_CHUNK  # so that loads are known to be aligned
-        listed = slots + utterance * capacity
-        own_bits = bits + utterance * capacity
-        by_slot = sight + utterance * capacity
         kept = 0
         chunk = 0
         while chunk * BLOCK < count:
@@ -285,7 +286,7 @@ def follow_slots(
         tl.store(listed + kept + lane, fresh, mask=in_beam)
         tl.store(own_bits + kept + lane, (lane * 0 + 1) << lane, mask=in_beam)
         tl.store(by_slot + fresh, (lane * 0 + 1) << lane, mask=in_beam)
-        tl.store(counts + utterance, kept + K)
+        tl.store(listed - capacity + 1, kept + K)
         tl.store(steps + utterance, step + 1)
         tl.store(seen + at, lengths, mask=in_beam)
         tl.store(last_tokens + at, ids, mask=in_beam)

@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shallowfusion.audio.reading import read_audio
 from shallowfusion.config import require
 from shallowfusion.ctc.joint import CtcFrames, JointCtc
 from shallowfusion.ctc.models import CtcModel, load_ctc_model
-from shallowfusion.errors import AudioError, InvalidArgumentError, ShallowFusionError
+from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.internal_lm import read_internal_context
-from shallowfusion.scorers.loading import (
-    AcousticModel,
-    LanguageModel,
-    choose_device,
-    choose_dtype,
-    load_language_model,
-    load_whisper,
-)
+from shallowfusion.scorers.loading import AcousticModel, Attention, LanguageModel, choose_dtype, load_models
 from shallowfusion.scorers.ngram import Lookups
 from shallowfusion.scorers.prefixes import PrefixCache
 from shallowfusion.scorers.preparation import loading_dtype
 from shallowfusion.search.bridging import LmBridge
 from shallowfusion.search.device_loop import DevicePrograms
-from shallowfusion.search.drivers import driven_search
+from shallowfusion.search.drivers import driven_search, warm_up
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.session.encoding import EncoderPass, each_ahead, overlaps, received
 from shallowfusion.session.front import DecoderSession
+from shallowfusion.session.hearing import Heard, hear, named, samples_of
 from shallowfusion.session.jobs import SessionSettings
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
 from shallowfusion.trusting import Evidence, alone_options, flagged, given_up
@@ -51,26 +44,6 @@ from shallowfusion.values import Hypothesis
 __all__ = ["FusionDecoder"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """A few recordings that were read and encoded.
-
-    Args:
-        items: name and recording of each.
-        found: of each the seconds of sound, or what failed.
-        output, done: of those that were read, together, as `EncoderPass` gives them; None = none was.
-        clock: of the work so far.
-        samples: of those that were read.
-    """
-
-    items: Sequence[tuple[str, Any]]
-    found: Sequence[Transcription | float]
-    output: Tensor | None
-    done: torch.cuda.Event | None
-    clock: StageClock
-    samples: Sequence[Tensor] = ()
 
 
 class FusionDecoder:
@@ -86,6 +59,8 @@ class FusionDecoder:
             `ByteBridge`); None = they are refused, unless the rule delays them.
         ctc: a CTC model that hears the recordings too; `ctc_weight` gives it its say, as it does an acoustic model's
             own head, which is not heard then (see `JointCtc`).
+
+    `programs` holds what driver="device" has compiled and captured: `programs.resize(8)` keeps more than 4.
     """
 
     def __init__(
@@ -100,7 +75,7 @@ class FusionDecoder:
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
         self.lm_bridge = lm_bridge
-        self._programs = DevicePrograms()
+        self.programs = DevicePrograms()
         self.ctc = None if ctc is None else JointCtc(ctc, acoustic)
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge, joint=self.ctc)
 
@@ -115,6 +90,7 @@ class FusionDecoder:
         lm_bridge: LmBridge | None = None,
         ngram_lookups: Lookups = "auto",
         ctc: str | Path | CtcModel | None = None,
+        attention: Attention = "auto",
     ) -> FusionDecoder:
         """Load models by hub id or local directory.
 
@@ -132,6 +108,8 @@ class FusionDecoder:
                 survives it) or "auto" (candidates on CUDA, where the rule allows it); see `NgramScorer`.
             ctc: a CTC model of transformers (wav2vec2, HuBERT, WavLM, Parakeet, ...) or one that is loaded, for
                 `ctc_weight`; on any labels that the acoustic model's tokens can be spelled in.
+            attention: "sdpa" (torch's), "triton" (kernels that read each live key of an utterance once for all its
+                beams; on CUDA) or "auto" (torch's; on the CPU, over frames, C++ where that is faster).
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -139,14 +117,12 @@ class FusionDecoder:
                 model whose labels spell none of the acoustic model's letters.
             InvalidArgumentError: a CTC model that hears at another rate.
         """
-        where = choose_device(device)
-        number = choose_dtype(dtype, where)
-        acoustic = load_whisper(str(asr), where, number)
-        names = [lm] if isinstance(lm, (str, Path)) else list(lm or ())
-        vocabulary = acoustic.scorer.vocabulary
-        models = [load_language_model(str(name), vocabulary, where, number, ngram_lookups) for name in names]
+        names = [str(lm)] if isinstance(lm, (str, Path)) else [str(name) for name in lm or ()]
+        acoustic, models = load_models(str(asr), names, device, dtype, ngram_lookups, attention)
         context = None if internal_context is None else read_internal_context(internal_context)
-        heard = load_ctc_model(str(ctc), where, loading_dtype(number)) if isinstance(ctc, (str, Path)) else ctc
+        where = acoustic.scorer.device
+        number = loading_dtype(choose_dtype(dtype, where))
+        heard = load_ctc_model(str(ctc), where, number) if isinstance(ctc, (str, Path)) else ctc
         return cls(acoustic, models, context, lm_bridge, heard)
 
     @cached_property
@@ -164,6 +140,29 @@ class FusionDecoder:
         """Prompts that the language models have read: its `resize` and `clear` are for callers."""
         return self._planner.prefixes
 
+    def warm_up(
+        self, utterances: int | Sequence[int] = 1, options: DecodingOptions | None = None, **names: Any
+    ) -> dict[int, float]:
+        """Do ahead what the first decode of so many utterances would: compile kernels, capture the step's CUDA graph.
+
+        Later decodes whose options differ in weights and other numbers share it (`structure` in search/device_step.py).
+
+        Args:
+            options: of the decodes to come, prompts and driver included; or option names as keywords.
+
+        Returns:
+            Seconds it took, by number of utterances.
+        """
+        options, scorer = self._options(options, names), self.acoustic.scorer
+        sizes, found = scorer.model.config, {}
+        for count in [utterances] if isinstance(utterances, int) else utterances:
+            require(count >= 1, f"utterances must be at least 1, got {count}.")
+            start = time.perf_counter()
+            silence = torch.zeros((count, sizes.num_mel_bins, 2 * sizes.max_source_positions))
+            warm_up(self.sources(scorer.encode(silence), options), options.driver, self.programs)
+            found[count] = time.perf_counter() - start
+        return found
+
     def session(self, **settings: Any) -> DecoderSession:
         """A session, which takes requests while others are decoded: `with decoder.session() as session: ...`.
 
@@ -174,7 +173,7 @@ class FusionDecoder:
         known = {entry.name for entry in dataclasses.fields(SessionSettings)}
         unknown = ", ".join(sorted(set(settings) - known))
         require(not unknown, f"unknown setting {unknown} of a session; known are {', '.join(sorted(known))}.")
-        return DecoderSession(self._planner, self._samples, SessionSettings(**settings))
+        return DecoderSession(self._planner, partial(samples_of, self.acoustic), SessionSettings(**settings))
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -216,9 +215,9 @@ class FusionDecoder:
         ahead = options.driver == "host" and overlaps(overlap_encoder, self.acoustic.scorer.device)
         encoder, evidence = EncoderPass(self.acoustic.scorer, ahead), Evidence()
         starts = range(0, len(items), options.batch_size)
-        batches = [_named(items[start : start + options.batch_size], start) for start in starts]
+        batches = [named(items[start : start + options.batch_size], start) for start in starts]
         done: list[Transcription] = []
-        for heard in each_ahead(lambda batch: self._heard(batch, encoder), batches, ahead):
+        for heard in each_ahead(partial(hear, self.acoustic, encoder), batches, ahead):
             done += self._batch(heard, options, evidence)
         failed = [result for result in done if result.error is not None]
         for result in failed:
@@ -246,7 +245,7 @@ class FusionDecoder:
             InvalidArgumentError: a tensor that is neither, `seconds` that do not pair, or bad options.
         """
         options = self._options(options, names)
-        clock = StageClock()
+        clock = StageClock.on(self.acoustic.scorer.device)
         output = self._encoder_output(inputs, clock)
         window = float(self.acoustic.features.chunk_seconds)
         lengths = [window] * len(output) if seconds is None else [float(own) for own in seconds]
@@ -256,7 +255,7 @@ class FusionDecoder:
             f"got {lengths}.",
         )
         searched = self._search(output, options, clock, None if seconds is None else lengths, evidence, ctc_frames)
-        timing = Timing(dict(clock.seconds), sum(lengths), dict(clock.counts))
+        timing = Timing.of(clock, sum(lengths))
         return [
             Transcription(f"array {i}", hypotheses, language, lengths[i], rule, timing)
             for i, (hypotheses, language, rule) in enumerate(searched)
@@ -272,24 +271,6 @@ class FusionDecoder:
         self._planner.check(chosen.resolved_rule(len(self.language_models)))
         return chosen
 
-    def _heard(self, items: Sequence[tuple[str, Any]], encoder: EncoderPass) -> Heard:
-        """Read and encode a few recordings; those that cannot be read fail alone."""
-        clock, samples = StageClock(), []
-        found: list[Transcription | float] = []
-        with clock("audio"):
-            for source, item in items:
-                try:
-                    samples.append(self._samples(item, source))
-                    found.append(len(samples[-1]) / self.acoustic.features.sampling_rate)
-                except ShallowFusionError as error:
-                    found.append(Transcription(source, error=error))
-        if not samples:
-            return Heard(items, found, None, None, clock)
-        with clock("features"):
-            features = log_mel(samples, self.acoustic.features)
-        with clock("encoder"):
-            return Heard(items, found, *encoder(features), clock, samples)
-
     def _batch(self, heard: Heard, options: DecodingOptions, evidence: Evidence) -> list[Transcription]:
         """Results of a few recordings that were read."""
         seconds = [own for own in heard.found if isinstance(own, float)]
@@ -298,7 +279,7 @@ class FusionDecoder:
         output = received(heard.output, heard.done)
         frames = self._ctc_frames(heard.samples, options, heard.clock)
         searched = iter(self._search(output, options, heard.clock, seconds, evidence, frames))
-        timing = Timing(dict(heard.clock.seconds), sum(seconds), dict(heard.clock.counts))
+        timing = Timing.of(heard.clock, sum(seconds))
         results = []
         for (source, _), own in zip(heard.items, heard.found, strict=True):
             if isinstance(own, float):
@@ -313,16 +294,6 @@ class FusionDecoder:
             return None
         with clock("ctc"):
             return self.ctc.frames(samples)
-
-    def _samples(self, item: Any, source: str) -> Tensor:
-        settings = self.acoustic.features
-        samples = read_audio(item, settings.sampling_rate)
-        if len(samples) > settings.chunk_samples:
-            raise AudioError(
-                f"{source} lasts {len(samples) / settings.sampling_rate:.1f} s, but this release decodes up to "
-                f"{settings.chunk_seconds} s at once; cut it, or wait for the coming long-form support."
-            )
-        return samples
 
     def _encoder_output(self, inputs: Tensor, clock: StageClock) -> Tensor:
         model, settings = self.acoustic.scorer.model, self.acoustic.features
@@ -347,7 +318,7 @@ class FusionDecoder:
             AudioError: a recording cannot be read, or is longer than the model's window.
         """
         require(len(recordings) > 0, "recordings must hold at least one recording, got an empty list.")
-        samples = [self._samples(item, str(item) if isinstance(item, (str, Path)) else "array") for item in recordings]
+        samples = [samples_of(self.acoustic, item, name) for name, item in named(recordings, 0)]
         return self._encoder_output(log_mel(samples, self.acoustic.features), StageClock())
 
     def sources(self, encoder_output: Tensor, options: DecodingOptions) -> Sources:
@@ -364,7 +335,7 @@ class FusionDecoder:
         ctc_frames: CtcFrames | None = None,
     ) -> list[tuple[tuple[Hypothesis, ...], str | None, Any]]:
         own = self._planner.sources(encoder_output, options, clock, seconds, ctc_frames)
-        outcomes = driven_search(own, options.driver, clock, self._programs)
+        outcomes = driven_search(own, options.driver, clock, self.programs)
         outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
             found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]
@@ -391,8 +362,3 @@ class FusionDecoder:
             for i, (listed, language, plain) in zip(lost, alone, strict=True):
                 results[i] = (flagged(listed), language, plain)
         return results
-
-
-def _named(items: Sequence[Any], first: int) -> list[tuple[str, Any]]:
-    """Each recording with the name of its result: the path, or its number."""
-    return [(str(own) if isinstance(own, (str, Path)) else f"array {first + i}", own) for i, own in enumerate(items)]

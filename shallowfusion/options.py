@@ -59,8 +59,9 @@ class DecodingOptions:
             number per language model.
         batch_size: utterances decoded together.
         driver: "host": the host decides every step; "device": the device does and the host follows and checks (one
-            CUDA graph per step), where rule and options allow, else the host with the reason logged. Captured
-            graphs have not run on a GPU yet, so the device is not asked unless it is named.
+            CUDA graph per step), where rule and options allow, else the host, and `timing.host_reason` of the result
+            says why (docs/device.md). Captured graphs have not run on a GPU yet, so the device is not asked unless it
+            is named.
 
     Raises:
         InvalidArgumentError: an unknown name or a value outside its range.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shallowfusion.config import Driver
 from shallowfusion.errors import ShallowFusionError
 from shallowfusion.fusion.rescore import rescore
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.values import Hypothesis
+
+if TYPE_CHECKING:
+    from shallowfusion.search.stage_clock import StageClock
 
 __all__ = ["Segment", "Timing", "Transcription", "compression_ratio"]
 
@@ -32,15 +36,37 @@ class Segment:
 class Timing:
     """Seconds of the batch an utterance was decoded in, by stage; shared by all utterances of the batch.
 
+    On CUDA a stage is timed by events in its stream: model time counts where the model was called, though the host
+    waits for it elsewhere. In a session it is one request's share of steps that it ran in with others.
+
     Args:
-        stages: "audio", "features", "encoder", "asr", "lm", "fusion", "search", "text".
+        stages: each apart from those within it, so that they add up.
+            "audio": reading and resampling; "features": log-mel; "encoder"; "text": hypotheses and their texts.
+            Driven by the host: "asr", and "lm" or "lm0", "lm1", ... (and "ilm"): prompts and passes of each model;
+            "fusion": fused steps, and waiting for their candidates; "search": beams, stop rules, n-best.
+            Driven by the device: "prefill": prompts, and on first use compiling and capturing; "device step": steps
+            of both models, fusion and beams as one; "host": replay and n-best, as far as no step hid it.
         audio_seconds: length of all recordings of the batch.
-        counts: of a delayed language model: "llm_calls", and "llm_tokens" it read in them.
+        counts: "row_steps": rows that the acoustic model read for utterances that ran, over all steps; "live_rows":
+            those of them that held a live hypothesis; "fused_steps"; "device steps": steps the device drove;
+            "prefix_hits", "prefix_misses": prompts a language model had read before or had not, and
+            "prefix_tokens_reused", "prefix_tokens_read" of them; of a delayed language model "llm_calls", and
+            "llm_tokens" it read in them.
+        driver: who drove the search, "host" or "device".
+        host_reason: why the host did although the device was asked for; None where it was not or where it drove.
     """
 
     stages: Mapping[str, float]
     audio_seconds: float
     counts: Mapping[str, int] = field(default_factory=dict)
+    driver: Driver = "host"
+    host_reason: str | None = None
+
+    @classmethod
+    def of(cls, clock: StageClock, audio_seconds: float) -> Timing:
+        """What a clock shows; waits for the device that it times."""
+        clock.settle()
+        return cls(dict(clock.seconds), audio_seconds, dict(clock.counts), clock.driver, clock.host_reason)
 
     @property
     def total_seconds(self) -> float:
@@ -132,10 +158,13 @@ class Transcription:
             "flags": list(self.flags),
             "rule": repr(self.rule),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
-            "timing": None
-            if self.timing is None
-            else {**self.timing.stages, **self.timing.counts, "rtfx": self.timing.rtfx},
+            "timing": None if self.timing is None else _timing_json(self.timing),
         }
+
+
+def _timing_json(timing: Timing) -> dict[str, Any]:
+    who = {"driver": timing.driver, "host_reason": timing.host_reason}
+    return {**timing.stages, **timing.counts, "rtfx": timing.rtfx, **who}
 
 
 def compression_ratio(text: str) -> float:

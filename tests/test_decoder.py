@@ -122,7 +122,7 @@ def test_a_failing_recording_leaves_the_others_alone(tmp_path, caplog) -> None:
     assert isinstance(results[1].error, AudioError)
     with pytest.raises(AudioError, match="is empty"):
         _ = results[1].text
-    with pytest.raises(AudioError, match=r"lasts 31\.0 s.*up to 30 s.*long-form"):
+    with pytest.raises(AudioError, match=r"lasts 31\.0 s.*up to 30 s.*cut it into pieces"):
         _ = results[2].text
     assert "empty.wav" in caplog.text
 

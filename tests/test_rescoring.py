@@ -18,7 +18,7 @@ from shallowfusion.evaluation.nbest import read_nbest, with_scores
 from shallowfusion.rescoring import score_texts, score_texts_stepwise
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from tests.shipped import clip, decoder
-from tests.tiny import END, TEXT_TOKENS, tiny_lm, vocabulary
+from tests.tiny import END, TEXT_TOKENS, moved, tiny_lm, vocabulary
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -30,7 +30,8 @@ ids = st.lists(st.integers(0, 3) | st.integers(0, TEXT_TOKENS - 1), max_size=10)
 def uncached(scorer: CausalLMScorer, text: list[int], context: tuple[int, ...] = ()) -> np.ndarray:
     """Log-softmax of the whole text in one plain pass of the model, the end token last."""
     prompt = scorer.prompt(context)
-    logits = scorer.model(input_ids=torch.tensor([[*prompt, *text]]), use_cache=False).logits[0].double()
+    ids = torch.tensor([[*prompt, *text]], device=scorer.device)
+    logits = scorer.model(input_ids=ids, use_cache=False).logits[0].double().cpu()
     log_probs = torch.log_softmax(logits, dim=1)[len(prompt) - 1 :]
     return log_probs.gather(1, torch.tensor([*text, scorer.vocabulary.end_id])[:, None])[:, 0].numpy()
 
@@ -53,6 +54,14 @@ def test_the_stepwise_twin_says_the_same(texts: list[list[int]], include_end: bo
     for own, other, text in zip(ours, twin, texts, strict=True):
         assert len(own) == len(other) == len(text) + include_end
         np.testing.assert_allclose(own, other, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_equal_the_uncached_model() -> None:
+    scorer = moved(tiny_lm(), "cuda")
+    texts = [[1, 2, 3, 4], [1, 2, 5], [], [6, 7, 8, 9, 10]]
+    for own, text in zip(score_texts(scorer, texts), texts, strict=True):
+        np.testing.assert_allclose(own, uncached(scorer, text), atol=1e-4)
 
 
 def test_a_rotary_model_scores_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, WhisperConfig, WhisperForConditionalGeneration
 
@@ -16,6 +17,7 @@ TEXT_TOKENS = 40
 END, START, NO_TIMESTAMPS = 40, 41, 42
 ACOUSTIC_VOCAB, LANGUAGE_VOCAB = 44, 41
 END_QUANTILE = 1.0
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class LetterTokenizer:
@@ -90,6 +92,20 @@ def tiny_lm(seed: int = 1, sharpness: float = 4.0, positions: int = 96, size: in
 
 def tiny_decoder(seed: int = 0, lm: bool = True, **changes: object) -> FusionDecoder:
     return FusionDecoder(tiny_whisper(seed, **changes), [tiny_lm(seed + 1)] if lm else [])
+
+
+def decoder_on(device: str, seed: int = 1) -> FusionDecoder:
+    """A tiny decoder of its own, on that device."""
+    decoder = tiny_decoder(seed)
+    for scorer in (decoder.acoustic.scorer, *decoder.language_models):
+        moved(scorer, device)
+    return decoder
+
+
+def moved(scorer: CausalLMScorer | WhisperScorer, device: str) -> CausalLMScorer | WhisperScorer:
+    scorer.model.to(device)
+    scorer.device = torch.device(device)
+    return scorer
 
 
 def random_encoder_output(model: AcousticModel, utterances: int, seed: int = 0) -> torch.Tensor:

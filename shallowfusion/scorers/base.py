@@ -121,6 +121,7 @@ class CachedScorer(ABC):
     """
 
     known_fingerprint: str | None = None
+    model: Any
     vocabulary: Vocabulary
     device: torch.device
     num_layers: int

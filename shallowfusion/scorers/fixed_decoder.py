@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from shallowfusion.scorers.attention import table_backend
 from shallowfusion.scorers.base import CachedScorer, Context
 from shallowfusion.scorers.slots import SlotLayer, SlotPlan, StoredLayer
 
-__all__ = ["FixedDecoder"]
+__all__ = ["FixedDecoder", "attention_of"]
 
 PADDING = 128  # logits of a row start at a multiple of this, so that the fused step loads them 16 bytes at a time
 
@@ -43,20 +44,24 @@ class FixedDecoder:
     """One cached scorer with room for a batch: slots for every token of the longest search, logits in place.
 
     Attributes written by whoever drives the search, all at fixed addresses: `ids`, `positions` and `slots`, int64
-    [utterances, beam_size]; `visible`, bool [utterances, 1, beam_size, capacity].
+    [utterances, beam_size]; `table`, the slot table; and, unless `reads_table`, `visible`, bool [utterances, 1,
+    beam_size, capacity].
 
-    Price: a pass reads all slots in the mask, used or not; memory as the scorer's own with every slot in use.
+    Price: a pass reads the slots in the table, or without one all slots in the mask, used or not; memory as the
+    scorer's own with every slot in use.
 
     Args:
         scorer: its passes are used, its own page pools are not.
-        capacity: slots per utterance.
+        table: int32 [utterances, 3, capacity], see `slot_table`; read by models whose attention does.
     """
 
-    def __init__(self, scorer: CachedScorer, ids: Tensor, positions: Tensor, slots: Tensor, capacity: int) -> None:
+    def __init__(self, scorer: CachedScorer, ids: Tensor, positions: Tensor, slots: Tensor, table: Tensor) -> None:
         self.scorer = scorer
-        self.ids, self.positions, self.slots = ids, positions, slots
-        utterances, beam_size = ids.shape
-        self.visible = torch.zeros((utterances, 1, beam_size, capacity), dtype=torch.bool, device=ids.device)
+        self.ids, self.positions, self.slots, self.table = ids, positions, slots, table
+        self.reads_table = table_backend(attention_of(scorer), ids.device) is not None
+        shape = (ids.shape[0], 1, ids.shape[1], table.shape[2])
+        held = (1, 1, 1, 1) if self.reads_table else shape
+        self.visible = torch.zeros(held, dtype=torch.bool, device=ids.device).expand(shape)
         self._state = FixedState(_fixed_cache(scorer))
         self.logits = torch.empty(0)
 
@@ -100,7 +105,8 @@ class FixedDecoder:
     @torch.inference_mode()
     def read(self) -> None:
         """One pass over what the lanes read next; overwrites `logits`. Waits for nothing."""
-        hidden = self._pass(self.ids, self.positions, SlotPlan(self.slots, self.visible))
+        table = self.table if self.reads_table else None
+        hidden = self._pass(self.ids, self.positions, SlotPlan(self.slots, self.visible, table=table))
         self._keep(self.scorer.head(hidden))
 
     def _pass(self, ids: Tensor, positions: Tensor, plan: SlotPlan) -> Tensor:
@@ -132,6 +138,12 @@ class FixedDecoder:
         missing = utterances - len(encoder_output)
         padding = encoder_output.new_zeros((missing, *encoder_output.shape[1:]))
         self._state.encoder_output = torch.cat([encoder_output, padding])
+
+
+def attention_of(scorer: Any) -> str | None:
+    """How a scorer's model attends, as transformers calls it; a program is built for one way."""
+    found: str | None = scorer.model.config._attn_implementation
+    return found
 
 
 def _fixed_cache(scorer: CachedScorer) -> Cache:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError, ModelError
 from shallowfusion.features.log_mel import FeatureSettings
 from shallowfusion.ngrams.arpa import is_arpa, read_arpa
+from shallowfusion.scorers.attention import set_slot_attention
+from shallowfusion.scorers.base import CachedScorer
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.ctc_head import CtcHead, load_ctc_head
 from shallowfusion.scorers.fingerprints import fingerprint
@@ -23,17 +27,22 @@ from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 
 __all__ = [
     "AcousticModel",
+    "Attention",
     "LanguageModel",
     "WhisperTokens",
+    "choose_attention",
     "choose_device",
     "choose_dtype",
     "load_causal_lm",
     "load_language_model",
+    "load_models",
     "load_whisper",
+    "set_attention",
 ]
 
 logger = logging.getLogger(__name__)
 
+Attention = Literal["auto", "triton", "sdpa"]
 LanguageModel = CausalLMScorer | NgramScorer | WordLanguage
 ModelScorer = TypeVar("ModelScorer", WhisperScorer, CausalLMScorer)
 
@@ -181,6 +190,49 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if chosen == torch.int8:
         check_int8(device)
     return chosen
+
+
+def choose_attention(attention: str, device: torch.device) -> str:
+    """`auto` is "sdpa" on CUDA until a GPU has run the kernels, and on the CPU what `prepare` chose.
+
+    Raises:
+        InvalidArgumentError: no such attention, or Triton's without a CUDA device.
+    """
+    known = ("auto", "triton", "sdpa")
+    require(attention in known, f"attention must be one of {', '.join(map(repr, known))}, got {attention!r}.")
+    require(
+        attention != "triton" or device.type == "cuda",
+        f"attention='triton' needs a CUDA device, got {device}; leave it at 'auto' there.",
+    )
+    return attention
+
+
+def load_models(
+    asr: str,
+    names: Sequence[str],
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    lookups: Lookups = "auto",
+    attention: Attention = "auto",
+) -> tuple[AcousticModel, list[LanguageModel]]:
+    """A Whisper model and the language models that go with it; arguments as for `FusionDecoder.from_pretrained`."""
+    where = choose_device(device)
+    number = choose_dtype(dtype, where)
+    attends = choose_attention(attention, where)
+    acoustic = load_whisper(asr, where, number)
+    models = [load_language_model(name, acoustic.scorer.vocabulary, where, number, lookups) for name in names]
+    set_attention((acoustic.scorer, *models), attends)
+    return acoustic, models
+
+
+def set_attention(scorers: Iterable[Any], attention: str) -> None:
+    """Lets the transformers among these models, loaded here, attend as asked for."""
+    for scorer in scorers:
+        if isinstance(scorer, CachedScorer) and attention != "auto":
+            if attention == "triton":
+                set_slot_attention(scorer.model, "triton")
+            else:
+                scorer.model.set_attn_implementation(attention)
 
 
 def whisper_tokens(model: Any, tokenizer: Any = None) -> WhisperTokens:

@@ -32,12 +32,14 @@ class SlotPlan:
         slots: int64 [utterances, queries].
         visible: bool [utterances, 1, queries, slots], on any device.
         lanes: int64 [utterances], where in the cache each of them lies; None = in order, and then nothing is copied.
+        table: the slot table, where somebody keeps one; of `visible` only the shape then counts. None = made of it.
         backend: reads the slot table; None while the mask is read.
     """
 
     slots: Tensor
     visible: Tensor
     lanes: Tensor | None = None
+    table: Tensor | None = None
     backend: str | None = field(default=None, init=False)
 
     @property
@@ -50,6 +52,8 @@ class SlotPlan:
         if self.backend is None:
             self.visible = self.visible.to(self.slots.device)
             return self.visible
+        if self.table is not None:
+            return self.table[:, None]
         return slot_table(self.visible[:, 0], self.lanes).to(self.slots.device)[:, None]
 
 

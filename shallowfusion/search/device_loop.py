@@ -15,10 +15,11 @@ import torch
 from shallowfusion.config import require
 from shallowfusion.scorers.base import CachedScorer, Context, Scorer
 from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.fixed_decoder import attention_of
 from shallowfusion.scorers.whisper import WhisperScorer
 from shallowfusion.search.beam_mirror import BeamMirror
 from shallowfusion.search.candidates import CandidateScorer
-from shallowfusion.search.device_step import DeviceStep
+from shallowfusion.search.device_step import DeviceStep, length_room, structure
 from shallowfusion.search.loop import SearchOutcome, SearchPlan, StageClock
 
 __all__ = ["DevicePrograms", "device_search", "refusal", "slot_bytes"]
@@ -109,23 +110,27 @@ def _device_search(
         for step in range(settings.max_new_tokens):
             program.run(step)
             for entry in program.entries(behind=LAG):
-                mirror.replay(entry)
+                with clock("host"):
+                    mirror.replay(entry)
             waiting = [u for u in waiting if not mirror.is_done(u)]
             if not waiting:
                 break
         for entry in program.entries(behind=0):
-            mirror.replay(entry)
+            with clock("host"):
+                mirror.replay(entry)
     clock.counts["device steps"] = clock.counts.get("device steps", 0) + mirror.num_steps
-    return [SearchOutcome(mirror.results(u, settings.beam_size), mirror.saw_nan(u)) for u in range(num_utterances)]
+    with clock("host"):
+        return [SearchOutcome(mirror.results(u, settings.beam_size), mirror.saw_nan(u)) for u in range(num_utterances)]
 
 
 class DevicePrograms:
-    """Programs of recent searches: one per number of places, plan and models. Their memory lives as long.
+    """Programs of recent searches: one per number of places, models and `structure` of the plan, see there.
 
-    A program serves one search at a time: `lock` is held meanwhile, and other threads wait.
+    Searches that differ in weights or other numbers share one. Its memory lives as long as it does. A program serves
+    one search at a time: `lock` is held meanwhile, and other threads wait.
 
     Args:
-        most: programs kept; the one used longest ago goes first.
+        most: programs kept; the one used longest ago goes first. `resize` changes it.
         captures: whether steps on CUDA become graphs.
         branches: whether the models read on streams of their own there.
         free_bytes: of a device.
@@ -147,10 +152,30 @@ class DevicePrograms:
     def __len__(self) -> int:
         return len(self._known)
 
+    def resize(self, most: int) -> None:
+        """Keep that many programs from now on; those used longest ago go at once.
+
+        Raises:
+            InvalidArgumentError: fewer than one.
+        """
+        require(most >= 1, f"most must be at least 1, got {most}.")
+        with self.lock:
+            self.most = most
+            while len(self._known) > most:
+                self._known.popitem(last=False)
+
+    def warm_up(self, scorers: Sequence[Scorer], contexts: Sequence[Context], plan: SearchPlan) -> None:
+        """Have the program that such a batch will use, its kernels compiled and its step captured, and run it once."""
+        with self.lock:
+            program = self.loaded(scorers, contexts, plan)
+            program.run(0)
+            for _ in program.entries(behind=0):
+                pass
+
     def refusal(self, scorers: Sequence[Scorer], contexts: Sequence[Context], plan: SearchPlan) -> str | None:
         """Why there is no room for this batch's program, as half a sentence; older programs go to make room."""
         key, cached, rooms = self._key(scorers, contexts, plan)
-        steps = plan.settings.beam_size * plan.settings.max_new_tokens
+        steps = plan.settings.beam_size * length_room(plan)
         wanted = slot_bytes(cached, [room + steps for room in rooms], bucket(len(contexts[0].prompts)))
         with self.lock:
             if key in self._known:
@@ -169,7 +194,8 @@ class DevicePrograms:
         cached = [scorer for scorer in scorers if isinstance(scorer, CachedScorer)]
         rooms = tuple(_room(scorer, context) for scorer, context in zip(cached, contexts, strict=True))
         places = bucket(len(contexts[0].prompts))
-        return (places, rooms, tuple(id(scorer) for scorer in cached), _identity(plan)), cached, rooms
+        models = tuple((id(scorer), attention_of(scorer)) for scorer in cached)
+        return (places, rooms, models, structure(plan)), cached, rooms
 
     def loaded(self, scorers: Sequence[Scorer], contexts: Sequence[Context], plan: SearchPlan) -> Program:
         """The program for this batch, its prompts read and its searches started."""
@@ -181,7 +207,7 @@ class DevicePrograms:
                 self._known.popitem(last=False)
             program = Program(DeviceStep(cached, plan, places, rooms), self.captures, self.branches)
         self._known[key] = program
-        program.start(contexts)
+        program.start(contexts, plan)
         return program
 
 
@@ -202,12 +228,12 @@ class Program:
     def is_captured(self) -> bool:
         return self._graph is not None
 
-    def start(self, contexts: Sequence[Context]) -> None:
+    def start(self, contexts: Sequence[Context], plan: SearchPlan) -> None:
         """Begin the searches of a batch; the first batch on CUDA captures the graph."""
         first = not self.step.is_ready
         if self._streams:  # a search that failed may have left copies under way
             torch.cuda.current_stream(self.step.device).wait_stream(self._streams[0])
-        self.step.load(contexts)
+        self.step.load(contexts, plan)
         self._ran = self._sent = 0
         if not first:
             return
@@ -219,7 +245,7 @@ class Program:
             self._events = [torch.cuda.Event() for _ in range(len(ring))]  # type: ignore[no-untyped-call]
         if self._captures:
             self._capture()
-            self.step.load(contexts)
+            self.step.load(contexts, plan)
 
     def run(self, step: int) -> None:
         """Set step number `step` going and send its ring entry after it."""
@@ -307,14 +333,3 @@ def _room(scorer: CachedScorer, context: Context) -> int:
     """Prompt slots of a program for these prompts."""
     longest = min(scorer.window - 1, max(len(prompt) for prompt in context.prompts))
     return -(-longest // PROMPT_ROUNDING) * PROMPT_ROUNDING
-
-
-def _identity(plan: SearchPlan) -> Hashable:
-    """Everything of a plan that a program has fixed."""
-    maps = tuple(None if given is None else given.cpu().numpy().tobytes() for given in plan.maps)
-    limits_end = plan.rule.fuses or plan.fuses_late
-    return (
-        plan.settings, plan.rule, maps, plan.unmapped, plan.normalize, plan.temperatures, plan.suppressed,
-        plan.first_suppressed, plan.min_new_tokens, plan.end_threshold if limits_end else None, plan.acoustic_weight,
-        plan.length_bonus, plan.backend,
-    )  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shallowfusion.fusion.step import fused_step
-from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays, SlotArrays
+from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays, SlotArrays, edit_room
 from shallowfusion.kernels.beam_advance_reference import (
     beam_advance_reference,
     follow_slots_reference,
@@ -21,10 +21,40 @@ from shallowfusion.scorers.fixed_decoder import FixedDecoder
 from shallowfusion.search.loop import SearchPlan
 from shallowfusion.values import Candidates, RowStatistics, StepRequest, no_candidates
 
-__all__ = ["DeviceStep", "step_tables"]
+__all__ = ["DeviceStep", "length_room", "step_tables", "structure"]
 
 Call = Callable[[], object]
 IMPOSSIBLE = float("-inf")
+LENGTH_ROUNDING = 16  # tokens; so that searches of similar max_new_tokens share a step
+
+
+def length_room(plan: SearchPlan) -> int:
+    """Tokens that a step for this plan has room for."""
+    return -(-plan.settings.max_new_tokens // LENGTH_ROUNDING) * LENGTH_ROUNDING
+
+
+def structure(plan: SearchPlan) -> Hashable:
+    """What a step has fixed once its calls are: shapes, kernels and their arguments.
+
+    All else of a plan is a table that `DeviceStep.load` writes anew: weights of all steps, length penalty and bonus,
+    max_new_tokens up to `length_room`, early stopping but "first", patience, and which tokens are forbidden.
+    """
+    settings = plan.settings
+    maps = tuple(None if given is None else given.cpu().numpy().tobytes() for given in plan.maps)
+    return (
+        settings.beam_size, settings.end_ids, settings.stop_rule, settings.early_stopping == "first", length_room(plan),
+        settings.recombination, maps, plan.unmapped, plan.normalize, plan.temperatures, _end_limit(plan),
+        _has_bias(plan), edit_room(len(_edits(plan))), plan.backend,
+    )  # fmt: skip
+
+
+def _end_limit(plan: SearchPlan) -> float | None:
+    """The threshold of the end token where there is one."""
+    return plan.end_threshold if plan.rule.fuses or plan.fuses_late else None
+
+
+def _has_bias(plan: SearchPlan) -> bool:
+    return bool(plan.suppressed or _edits(plan))
 
 
 def step_tables(plan: SearchPlan, num_sources: int, device: torch.device) -> AdvanceTables:
@@ -33,7 +63,7 @@ def step_tables(plan: SearchPlan, num_sources: int, device: torch.device) -> Adv
     weights = [
         [plan.acoustic_weight, *rule.weights_at(step)][:num_sources] for step in range(settings.max_new_tokens + 1)
     ]
-    return AdvanceTables.make(settings, torch.tensor(weights), list(_edits(plan)), device)
+    return AdvanceTables.make(settings, torch.tensor(weights), _edits(plan), device, length_room(plan))
 
 
 def _edits(plan: SearchPlan) -> list[tuple[int, int, float]]:
@@ -52,7 +82,7 @@ class DeviceStep:
 
     Args:
         scorers: cached decoders, the acoustic one first, on one device.
-        plan: one that `refusal` has nothing to say about.
+        plan: one that `refusal` has nothing to say about; later ones of the same `structure` may follow it.
         num_utterances: places; a batch may fill fewer.
         prompt_slots: per scorer, the longest prompt there is room for.
     """
@@ -65,15 +95,15 @@ class DeviceStep:
         self.on_kernels = plan.backend == "triton" or (plan.backend == "auto" and self.device.type == "cuda")
         self.tables = step_tables(plan, len(scorers), self.device)
         self.slots = [
-            SlotArrays.make(num_utterances, settings.beam_size, settings.max_new_tokens, room, self.device)
+            SlotArrays.make(num_utterances, settings.beam_size, length_room(plan), room, self.device)
             for room in prompt_slots
         ]
         self.decoders = [
-            FixedDecoder(scorer, own.ids, own.positions, own.writes, own.capacity)
+            FixedDecoder(scorer, own.ids, own.positions, own.writes, own.table)
             for scorer, own in zip(scorers, self.slots, strict=True)
         ]
         self.maps = tuple(None if given is None else given.to(self.device) for given in plan.maps)
-        self._first_bias = torch.empty(0)
+        self._first_bias = self._length_bonus = torch.empty(0)
         self._selecting: list[Call] = []
         self._following: list[Call] = []
 
@@ -83,13 +113,19 @@ class DeviceStep:
         return bool(self._selecting)
 
     @torch.inference_mode()
-    def load(self, contexts: Sequence[Context]) -> None:
-        """Read the prompts of a batch and start its searches."""
+    def load(self, contexts: Sequence[Context], plan: SearchPlan) -> None:
+        """Read the prompts of a batch and start its searches, under a plan of the same structure."""
         for decoder, slots, context in zip(self.decoders, self.slots, contexts, strict=True):
             slots.reset(*decoder.prefill(context))
-            decoder.visible.copy_(slots.visible())
+            if not decoder.reads_table:
+                slots.visible(out=decoder.visible)
+        self.plan = plan
         if not self.is_ready:
             self._prepare()
+        else:
+            self.tables = self.tables.take(step_tables(plan, len(self.decoders), self.device))
+            self._first_bias.copy_(self._bias(len(self._first_bias)))
+            self._length_bonus.fill_(plan.length_bonus)
         self.restart(len(contexts[0].prompts))
 
     @torch.inference_mode()
@@ -107,8 +143,10 @@ class DeviceStep:
     def read(self, source: int) -> None:
         """Let one model read the new tokens; its slots first."""
         self._following[source]()
-        self.slots[source].visible(out=self.decoders[source].visible)
-        self.decoders[source].read()
+        decoder = self.decoders[source]
+        if not decoder.reads_table:
+            self.slots[source].visible(out=decoder.visible)
+        decoder.read()
 
     def _prepare(self) -> None:
         """Allocate what depends on the vocabularies and fix every call of a step."""
@@ -117,8 +155,8 @@ class DeviceStep:
         rows, vocab = sources[0].shape
         self._first_bias = self._bias(vocab)
         self.arrays = BeamArrays.make(self.tables, self.num_utterances, vocab, settings.num_candidates, len(sources))
-        limits_end = plan.end_threshold is not None and (plan.rule.fuses or plan.fuses_late)
-        words = (vocab + 31) // 32
+        self._length_bonus = torch.full((rows,), plan.length_bonus, device=self.device)
+        limits_end, words = _end_limit(plan) is not None, (vocab + 31) // 32
         self.allowed = torch.full((rows, words), -1, dtype=torch.int32, device=self.device) if limits_end else None
         request = StepRequest(
             sources=tuple(sources),
@@ -130,10 +168,10 @@ class DeviceStep:
             temperatures=plan.temperatures or (1.0,) * len(sources),
             maps=self.maps,
             unmapped=plan.unmapped,
-            token_bias=self.arrays.bias if self._has_bias() else None,
+            token_bias=self.arrays.bias if _has_bias(plan) else None,
             allowed=self.allowed,
             bonus=None,
-            length_bonus=torch.full((rows,), plan.length_bonus, device=self.device),
+            length_bonus=self._length_bonus,
             combine="log_linear",
             normalize=plan.normalize,
         )
@@ -141,9 +179,6 @@ class DeviceStep:
             self._selecting, self._following = self._launches(request)
         else:
             self._selecting, self._following = self._plain_calls(request)
-
-    def _has_bias(self) -> bool:
-        return bool(self.plan.suppressed or self.tables.num_edits)
 
     def _bias(self, vocab: int) -> Tensor:
         """Of the first step."""

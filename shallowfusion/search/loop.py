@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,6 +16,7 @@ from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.running import RunningSearches
+from shallowfusion.search.stage_clock import StageClock
 from shallowfusion.values import Normalize, Unmapped
 
 __all__ = ["SearchOutcome", "SearchPlan", "StageClock", "search"]
@@ -67,33 +65,6 @@ class SearchPlan:
     @property
     def end_id(self) -> int:
         return self.settings.end_ids[0]
-
-
-@dataclass
-class StageClock:
-    """Seconds and calls per stage of one or more searches; a stage within another counts for itself alone.
-
-    Args:
-        counts: what sources count beside time, by name.
-    """
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    _within: list[float] = field(default_factory=list)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._within.append(0.0)
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] += spent - self._within.pop()
-            self.calls[stage] += 1
-            if self._within:
-                self._within[-1] += spent
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from shallowfusion.scorers.slots import moves_to_front
 from shallowfusion.search.beam_state import BeamState, BeamStep
 from shallowfusion.search.candidates import CandidateArrays, CandidateScorer
 from shallowfusion.search.rows import Rows
+from shallowfusion.search.stage_clock import StageClock
 from shallowfusion.search.step_calls import StepCall, run_together
 
 if TYPE_CHECKING:
-    from shallowfusion.search.loop import SearchPlan, StageClock
+    from shallowfusion.search.loop import SearchPlan
 
 __all__ = ["Cohort", "RunningSearches"]
 

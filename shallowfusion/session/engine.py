@@ -44,7 +44,7 @@ class SessionEngine:
         self.acoustic = acoustic
         self.encoder = encoder
         self.settings = settings
-        self.clock = StageClock()
+        self.clock = StageClock.on(acoustic.scorer.device)
         self.held: list[Job] = []  # searched, and waiting for the verdict of a trusted rule
         self.num_finished = self.num_failed = self.num_cancelled = self.num_given_up = 0
         self._shares: dict[str, float] = defaultdict(float)  # by stage, what an utterance that always ran had cost
@@ -217,15 +217,17 @@ class SessionEngine:
         counts = StageClock()
         if own.rule is not None and own.rule.delay is not None:  # such a cohort is of one utterance
             (outcome,) = finished([outcome], own.late, counts)
-        with self.clock("text"):
+        with self.clock("text"), counts("text"):
             listed = hypotheses_of(outcome, own.part_names, self.acoustic)
         if job.encoded is not None:
             window = float(self.acoustic.features.chunk_seconds)
             prefix = own.contexts[0].prompts[place]
             sound = job.seconds / window
-            listed = ranked_by_listening(listed, self.acoustic, job.encoded, prefix, sound, options)
+            with self.clock("asr"), counts("asr"):
+                listed = ranked_by_listening(listed, self.acoustic, job.encoded, prefix, sound, options)
         steps = {stage: seconds - job.before.get(stage, 0.0) for stage, seconds in self._shares.items()}
-        timing = Timing(_added(job.timing.stages, steps), job.seconds, {**job.timing.counts, **counts.counts})
+        stages = _added(_added(job.timing.stages, steps), counts.seconds)  # the last are this request's alone
+        timing = Timing(stages, job.seconds, {**job.timing.counts, **counts.counts})
         best = tuple(listed[: options.n_best])
         if job.prior is not None:
             stages = _added(timing.stages, job.prior.stages)

@@ -27,10 +27,12 @@ def advance_on_device(tables: AdvanceTables, arrays: BeamArrays, candidates: Can
 
 
 def tables_of(settings: BeamSettings, sources: int = 2) -> AdvanceTables:
-    """Weights that differ at every length, and two tokens forbidden early."""
+    """Weights that differ at every length, tokens forbidden early, and room for more tokens than are asked for."""
     steps = torch.arange(settings.max_new_tokens + 1, dtype=torch.float32)
     weights = torch.stack([1.0 + steps / 8, *[steps / 4] * (sources - 1)], dim=1)
-    return AdvanceTables.make(settings, weights, [(5, 1, -0.5), (END, 3, 0.0), (7, 2, 0.25)], DEVICE)
+    return AdvanceTables.make(
+        settings, weights, [(5, 1, -0.5), (END, 3, 0.0), (7, 2, 0.25)], DEVICE, settings.max_new_tokens + 2
+    )
 
 
 def stream(

@@ -11,7 +11,7 @@ from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.scorers.base import Context
 from shallowfusion.scorers.internal_lm import SMALLEST_LOG_PROB, InternalLMScorer
-from tests.tiny import END, START, random_encoder_output, tiny_decoder, tiny_whisper
+from tests.tiny import DEVICES, END, START, decoder_on, random_encoder_output, tiny_decoder, tiny_whisper
 
 OPTIONS = {"suppress_blank": False, "suppress_tokens": None, "max_new_tokens": 12, "beam_size": 3, "n_best": 3}
 TOKENS = [5, 9, 3]
@@ -58,10 +58,11 @@ def test_log_probs_are_kept_above_the_floor() -> None:
     assert float(logits.min()) == SMALLEST_LOG_PROB
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("variant", ["zero_encoder", "zero_context", "mean_context"])
-def test_totals_subtract_it_from_words_and_never_from_the_end(variant: str) -> None:
-    decoder = tiny_decoder(2)
-    states = random_encoder_output(decoder.acoustic, 4)
+def test_totals_subtract_it_from_words_and_never_from_the_end(variant: str, device: str) -> None:
+    decoder = decoder_on(device, 2)
+    states = random_encoder_output(decoder.acoustic, 4).to(device)
     results = decoder.decode(states, rule=fusion.internal_lm(0.5, 0.3, variant), **OPTIONS)
     for hypothesis in (h for result in results for h in result.n_best):
         assert set(hypothesis.parts) == {"asr", "lm", "ilm"}

@@ -11,7 +11,7 @@ from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.native_step import available_levels
 from shallowfusion.scorers.token_ranges import range_log_probs, range_log_probs_cpu
 from shallowfusion.values import TokenRanges
-from tests.kernels.cases import logits
+from tests.kernels.cases import logits, to_device
 from tests.kernels.range_cases import assert_same, random_order, random_ranges, ranges_of
 
 
@@ -69,6 +69,15 @@ def test_face_takes_the_backend_of_the_tensors_and_says_so() -> None:
     assert by_reference.backend == "reference: as asked"
     by_triton = range_log_probs(source, ranges, backend="triton") if not torch.cuda.is_available() else by_reference
     torch.testing.assert_close(by_triton.log_probs, by_reference.log_probs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_gpu_the_face_agrees_with_the_reference(dtype) -> None:
+    source, ranges = logits(4, 5003, seed=1, dtype=dtype, padding=64), random_ranges(4, 5003, 40, seed=2)
+    found = range_log_probs(source.cuda(), to_device(ranges, torch.device("cuda")))
+    assert "triton" in found.backend
+    assert_same(found, source, ranges)
 
 
 def test_strided_rows_are_read_where_they_lie() -> None:

@@ -21,7 +21,7 @@ from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.text.spelling import SharedTokens
 from tests.delayed_world import OPTIONS, across
-from tests.tiny import random_encoder_output, tiny_decoder, tiny_lm
+from tests.tiny import moved, random_encoder_output, tiny_decoder, tiny_lm
 
 WEIGHT = 0.4
 
@@ -44,6 +44,19 @@ def decode(model: FusionDecoder, states: torch.Tensor, rule: Any, **options: Any
 
 def from_scratch(model: FusionDecoder, texts: list[str], end: bool = True) -> list[float]:
     return [float(own.sum()) for own in score_texts(model.language_models[0], texts, include_end=end)]
+
+
+@pytest.mark.gpu
+def test_a_delayed_rule_on_a_gpu_says_what_it_says_on_the_cpu(other) -> None:
+    there = across(0)
+    for scorer in (there.acoustic.scorer, *there.language_models):
+        moved(scorer, "cuda")
+    states = random_encoder_output(other.acoustic, 3, 2)
+    rule = fusion.delayed(WEIGHT, "interval", 2)
+    ours, theirs = decode(there, states.cuda(), rule, beam_size=4), decode(other, states, rule, beam_size=4)
+    assert [own.best.token_ids for own in ours] == [own.best.token_ids for own in theirs]
+    for own, wanted in zip(ours, theirs, strict=True):
+        assert own.best.total == pytest.approx(wanted.best.total, abs=1e-3)
 
 
 @pytest.mark.parametrize("end_policy", ["neutral", "lm", "asr_only"])

@@ -13,22 +13,14 @@ from shallowfusion import DecodingOptions, fusion
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.kernels.beam_advance_arrays import RING_ENTRIES
+from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.search.device_loop import DevicePrograms, bucket, device_search, refusal, slot_bytes
 from shallowfusion.search.loop import SearchOutcome, StageClock, search
-from tests.tiny import TEXT_TOKENS, random_encoder_output, tiny_decoder, tiny_lm, tiny_whisper
+from tests.tiny import DEVICES, TEXT_TOKENS, decoder_on, random_encoder_output, tiny_decoder, tiny_lm, tiny_whisper
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPTIONS: dict[str, Any] = {
     "suppress_blank": False, "suppress_tokens": None, "max_new_tokens": 12, "beam_size": 4, "n_best": 4,
 }  # fmt: skip
-
-
-def decoder_on(device: str, seed: int = 1) -> FusionDecoder:
-    decoder = tiny_decoder(seed)
-    for scorer in (decoder.acoustic.scorer, *decoder.language_models):
-        scorer.model.to(device)
-        scorer.device = torch.device(device)
-    return decoder
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -88,6 +80,39 @@ def test_equals_the_host_driven_search(model: FusionDecoder, stop_rule: str, end
 def test_equals_the_host_driven_search_under_every_option(model: FusionDecoder, options: dict[str, Any]) -> None:
     asked = {} if "rule" in options else {"lm_weight": 0.3}
     assert_same(*both(model, states_of(model, 3, seed=2), **{**asked, **options}))
+
+
+@pytest.mark.parametrize(
+    ("attention", "device"),
+    [
+        ("reference", "cpu"),
+        ("sdpa", "cpu"),
+        pytest.param("triton", "cpu", marks=pytest.mark.slow),
+        pytest.param("sdpa", "cuda", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("stop_rule", ["hf", "whisper"])
+def test_attention_over_the_slot_tables_of_the_device(attention: Any, device: str, stop_rule: str) -> None:
+    """The tables that the step keeps are read as they are: no mask is made, and the tokens are those of plain SDPA."""
+    interpreted = device == "cpu" and attention == "triton"
+    model, plain = decoder_on(device), decoder_on(device)
+    for scorer in (model.acoustic.scorer, *model.language_models):
+        set_slot_attention(scorer.model, attention)
+    states = states_of(model, 2 if interpreted else 5, seed=7)
+    options = {**OPTIONS, "stop_rule": stop_rule, "lm_weight": 0.4, "max_new_tokens": 6 if interpreted else 12}
+    ours = model.decode(states, driver="device", **options)
+    assert ours[0].timing.counts["device steps"] >= 1
+    (program,) = model.programs._known.values()
+    for decoder in program.step.decoders:
+        assert decoder.reads_table
+        assert decoder.visible.stride()[-1] == 0
+    assert device == "cpu" or program.is_captured
+    assert_same(ours, plain.decode(states, driver="host", **options))
+    if not interpreted:  # a second batch finds nothing of the first
+        again = states_of(model, 4, seed=8)
+        found = model.decode(again, driver="device", **options)
+        assert_same(found, plain.decode(again, driver="host", **options))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -192,10 +217,38 @@ def test_programs_are_used_again_and_the_oldest_goes() -> None:
     assert next(iter(programs._known.values())).step is step
     assert [h.token_ids for h in first[0].hypotheses] == [h.token_ids for h in again[0].hypotheses]
     run(2)
-    run(3, length_bonus=0.1)
+    run(3, beam_size=5)
     assert len(programs) == 2
     assert all(program.step is not step for program in programs._known.values())
+    programs.resize(1)
+    assert len(programs) == 1
+    with pytest.raises(InvalidArgumentError, match="at least 1"):
+        programs.resize(0)
     assert [bucket(count) for count in (1, 3, 8, 33, 65, 129)] == [1, 4, 8, 64, 128, 192]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stop_rule", ["hf", "whisper", "espnet"])
+def test_searches_that_differ_in_numbers_share_a_program(device: str, stop_rule: str) -> None:
+    """Each still gives what its own host-driven search gives, whatever ran before it."""
+    model = decoder_on(device)
+    states, penalty = states_of(model, 3, seed=5), None if stop_rule == "whisper" else 1.0
+    asked: list[dict[str, Any]] = [
+        *({"lm_weight": weight} for weight in (0.1, 0.2, 0.3, 0.5, 0.8)),
+        {"lm_weight": 0.4, "length_bonus": 0.7, "length_penalty": 0.6},
+        {"lm_weight": 0.4, "max_new_tokens": 9, "suppress_tokens": (5, 11)},
+        {"rule": fusion.piecewise(0.6, initial_steps=2, ramp=3), "min_new_tokens": 3, "suppress_tokens": (2,)},
+        {"lm_weight": 0.3, "early_stopping": "never", "min_new_tokens": 6, "suppress_tokens": (2, 9)},
+        {"lm_weight": 0.1},
+    ]
+    for options in asked:
+        common = {"stop_rule": stop_rule, "length_penalty": penalty, "suppress_tokens": (1,), **options}
+        if stop_rule != "hf":
+            common.pop("early_stopping", None)
+        assert_same(*both(model, states, **common))
+        assert len(model.programs) == 1
+    both(model, states, lm_weight=0.1, stop_rule=stop_rule, length_penalty=penalty, end_policy="end_factored")
+    assert len(model.programs) == 2
 
 
 def test_older_programs_make_room_and_a_device_too_small_is_refused() -> None:
@@ -210,7 +263,7 @@ def test_older_programs_make_room_and_a_device_too_small_is_refused() -> None:
     assert "GB free" in str(programs.refusal(narrow.scorers, narrow.contexts, narrow.plan))
     assert len(programs) == 0
     decoder = FusionDecoder(model.acoustic, model.language_models)
-    decoder._programs = programs
+    decoder.programs = programs
     assert "device steps" not in decoder.decode(states_of(model, 1), driver="device", **OPTIONS)[0].timing.counts
 
 
@@ -234,8 +287,39 @@ def test_what_the_device_cannot_drive_the_host_drives_and_says_why(
     with caplog.at_level(logging.WARNING, logger="shallowfusion.search.drivers"):
         ours = model.decode(states, driver="device", **OPTIONS, **options)
     assert reason in caplog.text
-    assert "device steps" not in ours[0].timing.counts
+    timing = ours[0].timing
+    assert timing is not None
+    assert "device steps" not in timing.counts
+    assert timing.driver == "host"
+    assert reason in str(timing.host_reason)
+    assert reason in ours[0].to_json()["timing"]["host_reason"]
     assert_same(ours, model.decode(states, driver="host", **OPTIONS, **options))
+
+
+def test_results_say_who_drove_and_what_each_part_took(model: FusionDecoder) -> None:
+    ours, theirs = both(model, states_of(model, 2), lm_weight=0.3)
+    assert (ours[0].timing.driver, ours[0].timing.host_reason) == ("device", None)
+    assert set(ours[0].timing.stages) == {"prefill", "device step", "host", "text", "asr"}
+    assert min(ours[0].timing.stages[stage] for stage in ("prefill", "device step")) > 0
+    assert (theirs[0].timing.driver, theirs[0].timing.host_reason) == ("host", None)
+    assert ours[0].to_json()["timing"]["driver"] == "device"
+
+
+def test_warmed_up_decodes_find_their_program(model: FusionDecoder) -> None:
+    decoder = FusionDecoder(model.acoustic, model.language_models)
+    states = states_of(model, 3)
+    spent = decoder.warm_up((1, 3), driver="device", lm_weight=0.3, **OPTIONS)
+    assert list(spent) == [1, 3]
+    assert min(spent.values()) > 0
+    assert len(decoder.programs) == 2
+    steps = [program.step for program in decoder.programs._known.values()]
+    found = decoder.decode(states, driver="device", lm_weight=0.5, **OPTIONS)  # a weight it was not warmed up with
+    assert [program.step for program in decoder.programs._known.values()] == steps
+    assert_same(found, decoder.decode(states, driver="host", lm_weight=0.5, **OPTIONS))
+    assert list(decoder.warm_up(2, lm_weight=0.3, **OPTIONS)) == [2]  # the host's way leaves no program
+    assert len(decoder.programs) == 2
+    with pytest.raises(InvalidArgumentError, match="utterances must be at least 1"):
+        decoder.warm_up(0)
 
 
 def test_a_window_too_short_is_refused() -> None:
@@ -259,7 +343,7 @@ def test_on_cuda_a_step_is_one_captured_graph_and_nothing_is_allocated() -> None
     first = device_search(own.scorers, own.contexts, own.plan, StageClock(), programs)
     (program,) = programs._known.values()
     assert program.is_captured
-    program.start(own.contexts)
+    program.start(own.contexts, own.plan)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for step in range(4):

@@ -11,14 +11,14 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from shallowfusion.decoder import FusionDecoder
-from tests.tiny import END, NO_TIMESTAMPS, START, random_encoder_output, tiny_decoder
+from tests.tiny import DEVICES, END, NO_TIMESTAMPS, START, decoder_on, random_encoder_output
 
 UTTERANCES, NEW_TOKENS = 4, 14
 
 
 @functools.cache
-def decoder(seed: int) -> FusionDecoder:
-    return tiny_decoder(seed)
+def decoder(seed: int, device: str = "cpu") -> FusionDecoder:
+    return decoder_on(device, seed)
 
 
 class ArticleProcessor(LogitsProcessor):
@@ -33,7 +33,7 @@ class ArticleProcessor(LogitsProcessor):
             scores = torch.log_softmax(scores, dim=-1)
         if text.shape[1] < self.initial_steps:
             return scores
-        begin = torch.full((len(text), 1), END)
+        begin = torch.full((len(text), 1), END, device=text.device)
         logits = self.lm(torch.cat([begin, text.clamp(max=END)], dim=1)).logits[:, -1]
         fused = scores.clone()
         fused[:, :END] += self.weight * torch.log_softmax(logits, dim=-1)[:, :END]
@@ -42,7 +42,7 @@ class ArticleProcessor(LogitsProcessor):
 
 def generate(model: FusionDecoder, states: torch.Tensor, num_beams: int, **options: object) -> list[tuple]:
     """Per utterance the (tokens, score) pairs of transformers' beam search, best first."""
-    prompt = torch.tensor([[START, NO_TIMESTAMPS]] * len(states))
+    prompt = torch.tensor([[START, NO_TIMESTAMPS]] * len(states), device=states.device)
     found = GenerationMixin.generate(
         model.acoustic.scorer.model,
         encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -74,10 +74,11 @@ def assert_same(ours: list, theirs: list[list[tuple]]) -> None:
 PLAIN = {"suppress_blank": False, "suppress_tokens": None, "max_new_tokens": NEW_TOKENS, "end_threshold": None}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_beams", range(1, 9))
-def test_weight_zero_equals_generate_for_every_beam_size(num_beams: int) -> None:
-    model = decoder(num_beams)
-    states = random_encoder_output(model.acoustic, UTTERANCES, seed=num_beams)
+def test_weight_zero_equals_generate_for_every_beam_size(num_beams: int, device: str) -> None:
+    model = decoder(num_beams, device)
+    states = random_encoder_output(model.acoustic, UTTERANCES, seed=num_beams).to(device)
     ours = model.decode(states, num_beams=num_beams, n_best=num_beams, lm_weight=0.0, **PLAIN)
     assert_same(ours, generate(model, states, num_beams))
 
@@ -92,11 +93,14 @@ def test_weight_zero_equals_generate_for_length_and_stopping_rules(length_penalt
     assert_same(ours, generate(model, states, 4, **rules))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_beams", [1, 2, 5])
 @pytest.mark.parametrize(("weight", "initial_steps"), [(0.3, 0), (1.0, 0), (0.5, 3)])
-def test_fusion_equals_generate_with_the_article_s_processor(num_beams: int, weight: float, initial_steps: int) -> None:
-    model = decoder(2)
-    states = random_encoder_output(model.acoustic, UTTERANCES, seed=5)
+def test_fusion_equals_generate_with_the_article_s_processor(
+    num_beams: int, weight: float, initial_steps: int, device: str
+) -> None:
+    model = decoder(2, device)
+    states = random_encoder_output(model.acoustic, UTTERANCES, seed=5).to(device)
     lm = model.language_models[0].model
     processor = ArticleProcessor(lm, weight, initial_steps, greedy=num_beams == 1)
     ours = model.decode(

@@ -275,6 +275,8 @@ def test_recordings_features_and_bad_audio_on_the_shipped_models() -> None:
         assert result.duration == expected[i].duration
         assert result.source == str(clip(i))
         assert result.timing.stages["encoder"] > 0
+        assert result.timing.stages["text"] > 0
+        assert result.timing.driver == "host"
         assert result.timing.total_seconds > 0
     for future in (bad, silent, too_long):
         with pytest.raises(AudioError):

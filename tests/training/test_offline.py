@@ -10,7 +10,7 @@ from shallowfusion import DecodingOptions, fusion
 from shallowfusion.evaluation.line_search import best_first
 from shallowfusion.evaluation.nbest import ListedHypothesis, NBestList, list_of
 from shallowfusion.training.offline import LENGTH, OfflineSearch, pooled
-from tests.tiny import random_encoder_output, tiny_decoder
+from tests.tiny import DEVICES, decoder_on, random_encoder_output
 
 RANKINGS = {
     "mean": {},
@@ -21,11 +21,12 @@ RANKINGS = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", RANKINGS)
 @pytest.mark.parametrize("bonus", [0.0, 0.3])
-def test_scaled_parts_rank_as_the_decoder_ranks(name: str, bonus: float) -> None:
-    decoder = tiny_decoder(3)
-    encoded = random_encoder_output(decoder.acoustic, 6, seed=5)
+def test_scaled_parts_rank_as_the_decoder_ranks(name: str, bonus: float, device: str) -> None:
+    decoder = decoder_on(device, 3)
+    encoded = random_encoder_output(decoder.acoustic, 6, seed=5).to(device)
     options = DecodingOptions(
         beam_size=6, n_best=6, max_new_tokens=24, rule=fusion.static(0.6), length_bonus=bonus,
         suppress_tokens=[41, 42, 43], **RANKINGS[name],
