@@ -32,6 +32,7 @@ from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.lookups import with_ngram_lookups
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
+from shallowfusion.search.timestamp_guard import timestamp_rules
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Unmapped
 
@@ -277,6 +278,9 @@ class SearchPlanner:
             temperatures.append(1.0)
         room = acoustic.window - prefix_length
         require(room >= 1, f"the prompt takes all {acoustic.window} positions of the model; shorten initial_prompt.")
+        timestamps = (
+            None if options.without_timestamps else timestamp_rules(self.acoustic, options.max_initial_timestamp)
+        )
         return SearchPlan(
             settings=options.beam_settings(tokens.end, room),
             rule=rule,
@@ -284,7 +288,9 @@ class SearchPlanner:
             unmapped=tuple(unmapped),
             normalize=rule.normalize(policy) if self.language_models or rule.ilm_weight else "none",
             temperatures=tuple(temperatures),
-            suppressed=self._suppressed(options),
+            suppressed=self._suppressed(options)
+            if timestamps is None
+            else (*self._suppressed(options), timestamps.begin - 1),
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
@@ -301,6 +307,7 @@ class SearchPlanner:
             phrases=self._phrases(options.weighted_hotwords(), options.hotwords_inside_words),
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
+            timestamps=timestamps,
         )
 
     def _subtracted_map(self, rule: Rule) -> Tensor:
@@ -368,14 +375,14 @@ class SearchPlanner:
         return [codes[best] for best in logits[:, ids].argmax(dim=1).tolist()]
 
     def _prefix(self, language: str, options: DecodingOptions) -> list[int]:
-        """Previous text, start, language, task and no-timestamps tokens, as Whisper was trained on."""
+        """Previous text, start, language, task and, without timestamps, the token for that, as in training."""
         tokens = self.acoustic.tokens
         prefix = self._previous_text(options)
         prefix.append(tokens.start)
         if tokens.is_multilingual:
             prefix.append(tokens.languages[language])
             prefix.append(tokens.tasks[options.task])
-        if tokens.no_timestamps is not None:
+        if options.without_timestamps and tokens.no_timestamps is not None:
             prefix.append(tokens.no_timestamps)
         return prefix
 

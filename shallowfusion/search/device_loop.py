@@ -316,5 +316,5 @@ def _identity(plan: SearchPlan) -> Hashable:
     return (
         plan.settings, plan.rule, maps, plan.unmapped, plan.normalize, plan.temperatures, plan.suppressed,
         plan.first_suppressed, plan.min_new_tokens, plan.end_threshold if limits_end else None, plan.acoustic_weight,
-        plan.length_bonus, plan.backend,
+        plan.length_bonus, plan.timestamps, plan.backend,
     )  # fmt: skip
