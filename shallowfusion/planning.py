@@ -33,6 +33,7 @@ from shallowfusion.search.lookups import with_ngram_lookups
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
 from shallowfusion.search.timestamp_guard import timestamp_rules
+from shallowfusion.search.timestamps import TimestampRules
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Unmapped
 
@@ -278,9 +279,6 @@ class SearchPlanner:
             temperatures.append(1.0)
         room = acoustic.window - prefix_length
         require(room >= 1, f"the prompt takes all {acoustic.window} positions of the model; shorten initial_prompt.")
-        timestamps = (
-            None if options.without_timestamps else timestamp_rules(self.acoustic, options.max_initial_timestamp)
-        )
         return SearchPlan(
             settings=options.beam_settings(tokens.end, room),
             rule=rule,
@@ -288,9 +286,7 @@ class SearchPlanner:
             unmapped=tuple(unmapped),
             normalize=rule.normalize(policy) if self.language_models or rule.ilm_weight else "none",
             temperatures=tuple(temperatures),
-            suppressed=self._suppressed(options)
-            if timestamps is None
-            else (*self._suppressed(options), timestamps.begin - 1),
+            suppressed=self._suppressed(options),
             first_suppressed=tokens.first_suppressed if options.suppress_blank else (),
             min_new_tokens=options.min_new_tokens,
             end_threshold=options.end_threshold,
@@ -307,7 +303,7 @@ class SearchPlanner:
             phrases=self._phrases(options.weighted_hotwords(), options.hotwords_inside_words),
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
-            timestamps=timestamps,
+            timestamps=self._timestamps(options),
         )
 
     def _subtracted_map(self, rule: Rule) -> Tensor:
@@ -337,12 +333,16 @@ class SearchPlanner:
         found = [encode(start + wanted, add_special_tokens=False) for start in (" ", "")]
         return [ids for ids in found if b"".join(pieces[i] or b"" for i in ids).strip() == wanted.encode()]
 
+    def _timestamps(self, options: DecodingOptions) -> TimestampRules | None:
+        return None if options.without_timestamps else timestamp_rules(self.acoustic, options.max_initial_timestamp)
+
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
-        given = options.suppress_tokens
+        given, rules = options.suppress_tokens, self._timestamps(options)
+        own = () if rules is None else (rules.begin - 1,)  # the token that says there are none
         if given in ("-1", -1):
-            return self.acoustic.tokens.suppressed
+            return (*self.acoustic.tokens.suppressed, *own)
         if given is None:
-            return ()
+            return own
         require(
             isinstance(given, Sequence) and not isinstance(given, str),
             f"suppress_tokens must be token ids, '-1' or None, got {given!r}.",
@@ -350,7 +350,7 @@ class SearchPlanner:
         size = len(self.acoustic.scorer.vocabulary)
         ids = tuple(int(token) for token in given)  # type: ignore[union-attr]
         require(all(0 <= i < size for i in ids), f"suppress_tokens must be ids from 0 to {size - 1}, got {ids}.")
-        return ids
+        return (*ids, *own)
 
     def _languages(self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock) -> list[str]:
         known = self.acoustic.tokens.languages

@@ -147,7 +147,9 @@ class DeviceStep:
         self._selecting = [*limiting, *choosing]
         if plan.timestamps is not None and self.allowed is not None:
             end_id = plan.end_id if limits_end else None
-            own = DeviceTimestamps(plan.timestamps, request, self.arrays.parents, self.arrays.tokens, end_id)
+            forbidden = [*plan.suppressed, *(token for token, _, _ in _edits(plan))]
+            parents, tokens = self.arrays.parents, self.arrays.tokens
+            own = DeviceTimestamps(plan.timestamps, request, parents, tokens, forbidden, end_id)
             self._selecting = [*limiting, own.limit, *choosing, own.follow]
             self._timestamps = own
 

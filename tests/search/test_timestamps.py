@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.search.timestamps import TimestampRows, TimestampRules, allowed_words
+from shallowfusion.search.timestamps import TextBlocks, TimestampRows, TimestampRules, allowed_words
 from shallowfusion.search.timestamps_reference import allowed_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -54,7 +54,11 @@ def by_transformers(rules: TimestampRules, histories: np.ndarray, logits: torch.
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[TimestampRules, np.ndarray, torch.Tensor, torch.Tensor]:
     """Rules, histories [rows, tokens] of any kind or as the rules want them, logits and bias."""
-    text, special, count = draw(st.integers(1, 70)), draw(st.integers(1, 5)), draw(st.integers(1, 60))
+    text, special, count = (
+        draw(st.integers(1, 70) | st.integers(120, 200)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 60)),
+    )
     most = draw(st.none() | st.integers(0, 60))
     rules = TimestampRules(text + 1 + special, count, text, most)
     seed, length = draw(st.integers(0, 2**31)), draw(st.integers(0, 6))
@@ -80,6 +84,9 @@ def test_every_mask_equals_that_of_openai_whisper_transformers_and_the_reference
     rules, said, logits, bias = case
     vocab = logits.shape[1]
     mask = unpacked(allowed_words(rules, rows_of(rules, said), logits, bias), vocab) & (bias == 0)
+    blocks = TextBlocks.of(rules, (bias < 0).nonzero().view(-1).tolist())
+    in_blocks = allowed_words(rules, rows_of(rules, said), logits, bias, blocks=blocks)
+    assert torch.equal(unpacked(in_blocks, vocab) & (bias == 0), mask)
     suppressed = logits + bias
     assert torch.equal(mask, by_openai_whisper(rules, said, suppressed) > FORBIDDEN)
     assert torch.equal(mask, by_transformers(rules, said, suppressed) > FORBIDDEN)
