@@ -23,6 +23,7 @@ from shallowfusion.scorers.loading import AcousticModel
 from shallowfusion.search.device_loop import DevicePrograms, device_search
 from shallowfusion.search.loop import SearchOutcome, StageClock, search
 from shallowfusion.values import Hypothesis
+from tests.ctc.joint import ctc_log_prob, tiny_head
 from tests.tiny import (
     END,
     NO_TIMESTAMPS,
@@ -319,6 +320,23 @@ def test_every_rule_goes_with_timestamps(options: dict[str, Any]) -> None:
     for result in model.decode(states, beam_size=3, n_best=3, **OPTIONS, **options):
         for hypothesis in result.n_best:
             assert_well_timed(hypothesis)
+
+
+def test_timestamps_are_nothing_to_a_ctc_head() -> None:
+    """It says 0 nats of them, and its part of a finished text is that of the text alone."""
+    joint = FusionDecoder(dataclasses.replace(acoustic(1), ctc_head=tiny_head(1)))
+    states = random_encoder_output(joint.acoustic, 3, 2)
+    finished = 0
+    for i, result in enumerate(joint.decode(states, beam_size=3, n_best=3, ctc_weight=0.3, **OPTIONS)):
+        for hypothesis in result.n_best:
+            assert_well_timed(hypothesis)
+            assert all(token.parts["ctc"] == 0.0 for token in hypothesis.tokens if token.id >= BEGIN)
+            if hypothesis.ended:
+                text = [token for token in hypothesis.token_ids if token < TEXT_TOKENS]
+                wanted = ctc_log_prob(joint, states[i : i + 1], text)
+                assert hypothesis.parts["ctc"] == pytest.approx(wanted, abs=1e-3)
+                finished += 1
+    assert finished
 
 
 def test_sessions_give_the_same_segments() -> None:
