@@ -14,7 +14,7 @@ __all__ = ["TIMESTAMP_SECONDS", "TextBlocks", "TimestampRows", "TimestampRules",
 
 TIMESTAMP_SECONDS = 0.02  # between two timestamps
 FRESH, TEXT, OPENED, CLOSED = range(4)  # what a row said last: nothing, text, one that opens or closes a segment
-BLOCK = 64  # tokens
+BLOCK = 32  # tokens
 IMPOSSIBLE = float("-inf")
 
 
@@ -98,32 +98,28 @@ class TextBlocks:
     """The text in blocks of tokens, those apart in which a bias may forbid some: the others need no copy with bias.
 
     Args:
-        free: int64 [free blocks], blocks of which no token is ever forbidden.
-        apart: int64 [tokens], text tokens that are in none of them.
+        block_bias: float32 [blocks], -inf for blocks of which a token may be forbidden, else 0.
+        apart: int64 [tokens], text tokens that are in no block of bias 0.
     """
 
-    free: Tensor
+    block_bias: Tensor
     apart: Tensor
 
     @classmethod
     def of(cls, rules: TimestampRules, forbidden: Sequence[int], device: torch.device | str = "cpu") -> TextBlocks:
         """For a bias that forbids some of the tokens `forbidden` and no others."""
         touched = {token // BLOCK for token in forbidden}
-        free = [block for block in range(rules.end_id // BLOCK) if block not in touched]
-        covered = set(free)
-        apart = [token for token in range(rules.end_id) if token // BLOCK not in covered]
-        return cls(torch.tensor(free, device=device).long(), torch.tensor(apart, device=device).long())
+        blocks = [0.0 if block not in touched else IMPOSSIBLE for block in range(rules.end_id // BLOCK)]
+        whole = {block for block, bias in enumerate(blocks) if bias == 0.0}
+        apart = [token for token in range(rules.end_id) if token // BLOCK not in whole]
+        return cls(torch.tensor(blocks, device=device), torch.tensor(apart, device=device).long())
 
     def likeliest(self, logits: Tensor, bias: Tensor) -> Tensor:
         """The largest logit of each row's text that `bias`, [vocab], does not forbid; [rows]."""
-        found = (logits.index_select(1, self.apart) + bias.index_select(0, self.apart)) if len(self.apart) else None
-        if not len(self.free):
-            assert found is not None
-            return found.amax(dim=1).float()
-        blocks = (int(logits.shape[1]) // BLOCK) * BLOCK
-        maxima = logits[:, :blocks].view(len(logits), -1, BLOCK).amax(dim=2).index_select(1, self.free)
-        most = maxima.amax(dim=1).float()
-        return most if found is None else torch.maximum(most, found.amax(dim=1).float())
+        count = len(self.block_bias)
+        whole = logits[:, : count * BLOCK].view(len(logits), count, BLOCK).amax(dim=2) + self.block_bias
+        apart = logits.index_select(1, self.apart) + bias.index_select(0, self.apart)
+        return torch.cat([whole, apart], dim=1).amax(dim=1)
 
 
 def timestamp_bounds(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
@@ -156,3 +157,29 @@ def test_ids_out_of_order_are_refused() -> None:
             TimestampRules(*numbers)
     with pytest.raises(InvalidArgumentError, match="max_initial must be"):
         TimestampRules(10, 5, 4, -1)
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers which operations ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_reads_nothing_back_and_brings_no_number_from_the_host(dtype: torch.dtype) -> None:
+    """What a CUDA graph may not hold: numbers read by the host, tensors made of its numbers, sizes that depend."""
+    rules = TimestampRules(70, 40, 66)
+    rows, bias = TimestampRows.fresh(4), torch.zeros(110).index_fill(0, torch.tensor([3, 69]), FORBIDDEN)
+    blocks, logits = TextBlocks.of(rules, [3, 69]), torch.randn(4, 110).to(dtype)
+    parents, tokens = torch.tensor([0, 0, 1, 3]), torch.tensor([70, 5, 66, 109])
+    with Recorder() as seen:
+        allowed_words(rules, rows.followed(rules, parents, tokens), logits, bias, 1.3, blocks)
+    unfit = ("_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero", "masked_select", "is_nonzero")
+    assert not {name for name in seen.names if any(word in name for word in unfit)}
+    assert len(seen.names) > 10
