@@ -30,7 +30,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
 def masks(utterances: int, device: str, repeats: int) -> list[Measurement]:
     """One step's masks for rows in the middle of their text, whose every token has to be looked at."""
     from shallowfusion import fused_step
-    from shallowfusion.search.timestamps import TextBlocks, TimestampRows, TimestampRules, allowed_words
+    from shallowfusion.search.timestamps import TimestampRows, TimestampRules, allowed_words
 
     rows = utterances * BEAM
     generator = torch.Generator().manual_seed(0)
@@ -42,11 +42,10 @@ def masks(utterances: int, device: str, repeats: int) -> list[Measurement]:
     state = TimestampRows.fresh(rows, device)
     for column in said.T:
         state = state.followed(rules, torch.arange(rows, device=device), column)
-    blocks = TextBlocks.of(rules, suppressed, device)
     history = torch.cat([torch.zeros((rows, PROMPT), dtype=torch.int64, device=device), said], dim=1)
 
     def ours() -> Tensor:
-        return allowed_words(rules, state, logits, bias, blocks=blocks)
+        return allowed_words(rules, state, logits, bias)
 
     def theirs(apply: object) -> Tensor:
         return apply(logits + bias, history)  # type: ignore[operator]
@@ -60,7 +59,6 @@ def masks(utterances: int, device: str, repeats: int) -> list[Measurement]:
     numbers = {"beam_size": BEAM, "top_k": 2 * BEAM, "end_id": END, "token_bias": bias}
     providers = {
         "masks of timestamps": ours,
-        "the same by a copy with bias": lambda: allowed_words(rules, state, logits, bias),
         **{name: lambda apply=apply: theirs(apply) for name, apply in others.items()},
         "fused step without mask": lambda: fused_step([logits, lm], weights, totals, **numbers),  # type: ignore[arg-type]
         "fused step with mask": lambda: fused_step([logits, lm], weights, totals, allowed=words, **numbers),  # type: ignore[arg-type]

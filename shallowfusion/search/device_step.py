@@ -147,9 +147,8 @@ class DeviceStep:
         self._selecting = [*limiting, *choosing]
         if plan.timestamps is not None and self.allowed is not None:
             end_id = plan.end_id if limits_end else None
-            forbidden = [*plan.suppressed, *(token for token, _, _ in _edits(plan))]
             parents, tokens = self.arrays.parents, self.arrays.tokens
-            own = DeviceTimestamps(plan.timestamps, request, parents, tokens, forbidden, end_id)
+            own = DeviceTimestamps(plan.timestamps, request, parents, tokens, end_id)
             self._selecting = [*limiting, own.limit, *choosing, own.follow]
             self._timestamps = own
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from shallowfusion.search.timestamps import TextBlocks, TimestampRows, TimestampRules, allowed_words
+from shallowfusion.search.timestamps import TimestampRows, TimestampRules, allowed_words
 from shallowfusion.values import StepRequest
 
 __all__ = ["DeviceTimestamps"]
@@ -16,12 +14,12 @@ __all__ = ["DeviceTimestamps"]
 class DeviceTimestamps:
     """What a device-driven step does for timestamps: `limit` before the fused step, `follow` after the beams.
 
-    Neither waits for the device; a CUDA graph may hold both. Price: one pass over the acoustic logits per step.
+    Neither waits for the device; a CUDA graph may hold both. Price: one pass over the acoustic logits per step, and
+    a copy of them in float32.
 
     Args:
         request: of the fused step, with memory for the mask.
         parents, tokens: int64 [utterances, beam_size], where the beams leave the live lanes.
-        forbidden: tokens that the bias of the request may ever forbid.
         end_id: where the step has limited the end in the mask before; None = it has not.
     """
 
@@ -31,14 +29,12 @@ class DeviceTimestamps:
         request: StepRequest,
         parents: Tensor,
         tokens: Tensor,
-        forbidden: Sequence[int],
         end_id: int | None,
     ) -> None:
         self.rules, self._request, self._end_id = rules, request, end_id
         self._parents, self._tokens = parents, tokens
         device, (utterances, lanes) = parents.device, parents.shape
         self.rows = TimestampRows.fresh(utterances * lanes, device)
-        self._blocks = TextBlocks.of(rules, forbidden, device)
         self._first_rows = torch.arange(utterances, device=device)[:, None] * lanes
 
     def reset(self) -> None:
@@ -50,7 +46,7 @@ class DeviceTimestamps:
         request, mask = self._request, self._request.allowed
         assert mask is not None
         acoustic, temperature = request.sources[0], request.temperatures[0]
-        words = allowed_words(self.rules, self.rows, acoustic, request.token_bias, temperature, self._blocks)
+        words = allowed_words(self.rules, self.rows, acoustic, request.token_bias, temperature)
         if self._end_id is not None:
             words[:, self._end_id // 32] &= mask[:, self._end_id // 32]
         mask.copy_(words)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shallowfusion.config import require
 from shallowfusion.scorers.loading import AcousticModel
-from shallowfusion.search.timestamps import TIMESTAMP_SECONDS, TextBlocks, TimestampRows, TimestampRules, allowed_words
+from shallowfusion.search.timestamps import TIMESTAMP_SECONDS, TimestampRows, TimestampRules, allowed_words
 
 __all__ = ["TimestampGuard", "timestamp_rules"]
 
@@ -49,7 +49,7 @@ class TimestampGuard:
         self.rules = rules
         self.rows = TimestampRows.fresh(num_utterances)
         self._lanes = 1
-        self._biases: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, TextBlocks]] = {}
+        self._biases: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def allowed(
         self,
@@ -66,14 +66,12 @@ class TimestampGuard:
             entries: rows and tokens, int64 [entries] each, of which no row may say its own.
         """
         device = logits.device
-        bias, own_blocks = self._bias(forbidden, logits.shape[1], device)
-        blocks: TextBlocks | None = own_blocks
+        bias = self._bias(forbidden, logits.shape[1], device)
         if entries is not None and len(entries[0]):
-            blocks = None
             bias = bias.expand(logits.shape).clone()
             bias[tuple(torch.from_numpy(own).to(device) for own in entries)] = IMPOSSIBLE
         rows = TimestampRows(self.rows.kinds.to(device), self.rows.latest.to(device))
-        return allowed_words(self.rules, rows, logits, bias, temperature, blocks)
+        return allowed_words(self.rules, rows, logits, bias, temperature)
 
     def follow(self, parents: Array, tokens: Array) -> None:
         """Row k of utterance u now continues its old row parents[u, k] with tokens[u, k]."""
@@ -88,10 +86,10 @@ class TimestampGuard:
         kept = (own.view(-1, self._lanes)[places].view(-1) for own in (self.rows.kinds, self.rows.latest))
         self.rows = TimestampRows(*kept)
 
-    def _bias(self, forbidden: tuple[int, ...], vocab: int, device: torch.device) -> tuple[Tensor, TextBlocks]:
+    def _bias(self, forbidden: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
         key = (forbidden, device)
         if key not in self._biases:
             bias = torch.zeros(vocab)
             bias[list(forbidden)] = IMPOSSIBLE
-            self._biases[key] = bias.to(device), TextBlocks.of(self.rules, forbidden, device)
+            self._biases[key] = bias.to(device)
         return self._biases[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor
 
 from shallowfusion.config import require
 
-__all__ = ["TIMESTAMP_SECONDS", "TextBlocks", "TimestampRows", "TimestampRules", "allowed_words", "timestamp_bounds"]
+__all__ = ["TIMESTAMP_SECONDS", "TimestampRows", "TimestampRules", "allowed_words", "timestamp_bounds"]
 
 TIMESTAMP_SECONDS = 0.02  # between two timestamps
 FRESH, TEXT, OPENED, CLOSED = range(4)  # what a row said last: nothing, text, one that opens or closes a segment
-BLOCK = 32  # tokens
 IMPOSSIBLE = float("-inf")
 
 
@@ -93,68 +91,28 @@ class TimestampRows:
         return TimestampRows(kinds, torch.where(said, (tokens - rules.begin).int(), latest))
 
 
-@dataclass(frozen=True)
-class TextBlocks:
-    """The text in blocks of tokens, those apart in which a bias may forbid some: the others need no copy with bias.
-
-    Args:
-        block_bias: float32 [blocks], -inf for blocks of which a token may be forbidden, else 0.
-        apart: int64 [tokens], text tokens that are in no block of bias 0.
-    """
-
-    block_bias: Tensor
-    apart: Tensor
-
-    @classmethod
-    def of(cls, rules: TimestampRules, forbidden: Sequence[int], device: torch.device | str = "cpu") -> TextBlocks:
-        """For a bias that forbids some of the tokens `forbidden` and no others."""
-        touched = {token // BLOCK for token in forbidden}
-        blocks = [0.0 if block not in touched else IMPOSSIBLE for block in range(rules.end_id // BLOCK)]
-        whole = {block for block, bias in enumerate(blocks) if bias == 0.0}
-        apart = [token for token in range(rules.end_id) if token // BLOCK not in whole]
-        return cls(torch.tensor(blocks, device=device), torch.tensor(apart, device=device).long())
-
-    def likeliest(self, logits: Tensor, bias: Tensor) -> Tensor:
-        """The largest logit of each row's text that `bias`, [vocab], does not forbid; [rows]."""
-        count = len(self.block_bias)
-        whole = logits[:, : count * BLOCK].view(len(logits), count, BLOCK).amax(dim=2) + self.block_bias
-        apart = logits.index_select(1, self.apart) + bias.index_select(0, self.apart)
-        return torch.cat([whole, apart], dim=1).amax(dim=1)
-
-
 def timestamp_bounds(
-    rules: TimestampRules,
-    rows: TimestampRows,
-    logits: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    blocks: TextBlocks | None = None,
+    rules: TimestampRules, rows: TimestampRows, logits: Tensor, bias: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where each row's allowed ids lie: from `text_first` up to `rules.begin`, and from `first` up to `last`.
 
-    Does not synchronise, and holds nothing that a CUDA graph may not, such as numbers from the host. A bias
-    without `blocks` costs a copy of the text's logits in float32.
+    Does not synchronise, and holds nothing that a CUDA graph may not, such as numbers from the host. A bias costs
+    a copy of the logits in float32.
 
     Args:
         logits: acoustic, [rows, vocab].
         bias: 0 or -inf (forbidden for other reasons, which are not weighed), [vocab] or [rows, vocab].
-        blocks: of the text, for a bias of [vocab].
 
     Returns:
         text_first, first, last: int64 [rows]; text_first = begin where only timestamps may be said, first >= last
         where none may.
     """
     begin, stop, kinds = rules.begin, rules.stop, rows.kinds
-    text, specials, timestamps = logits[:, : rules.end_id], logits[:, rules.end_id : begin], logits[:, begin:stop]
-    timestamps = timestamps.float()
+    text, timestamps = logits[:, :begin], logits[:, begin:stop].float()
     if bias is not None:
-        specials = specials + bias[..., rules.end_id : begin]
-        timestamps = timestamps + bias[..., begin:stop]
-    if bias is not None and blocks is not None:
-        ordinary = blocks.likeliest(logits, bias)
-    else:
-        ordinary = (text if bias is None else text + bias[..., : rules.end_id]).amax(dim=1).float()
-    special = specials.amax(dim=1).float()
+        text, timestamps = text + bias[..., :begin], timestamps + bias[..., begin:stop]
+    special = text[:, rules.end_id :].amax(dim=1).float()
+    ordinary = text[:, : rules.end_id].amax(dim=1).float()
     is_fresh, is_closed = kinds == FRESH, kinds == CLOSED
     first = (begin + rows.latest + (~is_closed).int()).masked_fill(kinds == OPENED, stop).long()
     most = stop if rules.max_initial is None else min(stop, begin + rules.max_initial + 1)
@@ -168,18 +126,13 @@ def timestamp_bounds(
 
 
 def allowed_words(
-    rules: TimestampRules,
-    rows: TimestampRows,
-    logits: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    blocks: TextBlocks | None = None,
+    rules: TimestampRules, rows: TimestampRows, logits: Tensor, bias: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
     """What the rules allow each row, as `fused_step` takes it: int32 [rows, ceil(vocab / 32)]; see `timestamp_bounds`.
 
     Tokens that `bias` forbids may be among them.
     """
-    text_first, first, last = timestamp_bounds(rules, rows, logits, bias, temperature, blocks)
+    text_first, first, last = timestamp_bounds(rules, rows, logits, bias, temperature)
     starts = torch.arange(0, logits.shape[1], 32, device=logits.device)  # of each word
     choices = torch.zeros(3, dtype=torch.int64, device=logits.device)  # all text_first there are
     choices[1:2].fill_(rules.end_id)

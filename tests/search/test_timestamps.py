@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.search.timestamps import TextBlocks, TimestampRows, TimestampRules, allowed_words
+from shallowfusion.search.timestamps import TimestampRows, TimestampRules, allowed_words
 from shallowfusion.search.timestamps_reference import allowed_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -85,9 +85,6 @@ def test_every_mask_equals_that_of_openai_whisper_transformers_and_the_reference
     rules, said, logits, bias = case
     vocab = logits.shape[1]
     mask = unpacked(allowed_words(rules, rows_of(rules, said), logits, bias), vocab) & (bias == 0)
-    blocks = TextBlocks.of(rules, (bias < 0).nonzero().view(-1).tolist())
-    in_blocks = allowed_words(rules, rows_of(rules, said), logits, bias, blocks=blocks)
-    assert torch.equal(unpacked(in_blocks, vocab) & (bias == 0), mask)
     suppressed = logits + bias
     assert torch.equal(mask, by_openai_whisper(rules, said, suppressed) > FORBIDDEN)
     assert torch.equal(mask, by_transformers(rules, said, suppressed) > FORBIDDEN)
@@ -176,10 +173,10 @@ def test_a_step_reads_nothing_back_and_brings_no_number_from_the_host(dtype: tor
     """What a CUDA graph may not hold: numbers read by the host, tensors made of its numbers, sizes that depend."""
     rules = TimestampRules(70, 40, 66)
     rows, bias = TimestampRows.fresh(4), torch.zeros(110).index_fill(0, torch.tensor([3, 69]), FORBIDDEN)
-    blocks, logits = TextBlocks.of(rules, [3, 69]), torch.randn(4, 110).to(dtype)
+    logits = torch.randn(4, 110).to(dtype)
     parents, tokens = torch.tensor([0, 0, 1, 3]), torch.tensor([70, 5, 66, 109])
     with Recorder() as seen:
-        allowed_words(rules, rows.followed(rules, parents, tokens), logits, bias, 1.3, blocks)
+        allowed_words(rules, rows.followed(rules, parents, tokens), logits, bias, 1.3)
     unfit = ("_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero", "masked_select", "is_nonzero")
     assert not {name for name in seen.names if any(word in name for word in unfit)}
     assert len(seen.names) > 10
