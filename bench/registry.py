@@ -27,6 +27,7 @@ from bench import (
     session,
     stages,
     step_ladder,
+    timestamps,
     tuning,
 )
 from bench.timing import Measurement
@@ -92,6 +93,7 @@ CASES = (
         ("tests/scorers/test_token_ranges.py", "tests/scorers/test_byte_bridge.py"),
     ),
     Case("internal_lm", internal_lm.run, ("tests/scorers/test_internal_lm.py",)),
+    Case("timestamps", timestamps.run, ("tests/search/test_timestamps.py", "tests/search/test_timestamp_decoding.py")),
     Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
     Case("session", session.run, ("tests/session/test_front.py", "tests/search/test_running.py")),

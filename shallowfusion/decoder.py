@@ -338,7 +338,7 @@ class FusionDecoder:
         outcomes = driven_search(own, options.driver, clock, self.programs)
         outcomes = finished(outcomes, own.late, clock)
         with clock("text"):
-            found = [hypotheses_of(outcome, own.part_names, self.acoustic) for outcome in outcomes]
+            found = [hypotheses_of(out, own.part_names, self.acoustic, own.plan.timestamps) for out in outcomes]
         with clock("asr"):
             prefixes, window = own.contexts[0].prompts, float(self.acoustic.features.chunk_seconds)
             sound = [1.0 if seconds is None else seconds[i] / window for i in range(len(found))]

@@ -50,7 +50,8 @@ class DecodingOptions:
             ranked last and flagged "truncation"; 0.5 is sensible, None switches it off.
         suppress_tokens: ids never generated; "-1" or -1 = the model's own list, None or () = none.
         suppress_blank: the model's list for the first token (blank and end).
-        without_timestamps: only True in this release.
+        without_timestamps: False lets the model say when segments begin and end, by Whisper's rules for timestamps.
+        max_initial_timestamp: seconds, the latest at which the first segment may begin; None = any.
         initial_prompt: text the acoustic model sees as previous text.
         lm_prompt: text of the domain that language models on the acoustic model's tokenizer read first; not scored.
         language: code of a multilingual model's language, None = detected.
@@ -92,6 +93,7 @@ class DecodingOptions:
     suppress_tokens: Sequence[int] | str | int | None = "-1"
     suppress_blank: bool = True
     without_timestamps: bool = True
+    max_initial_timestamp: float | None = 1.0
     initial_prompt: str | None = None
     lm_prompt: str | None = None
     language: str | None = None
@@ -141,10 +143,6 @@ class DecodingOptions:
             self.task in ("transcribe", "translate"),
             f"task must be 'transcribe' or 'translate', got {self.task!r}.",
         )
-        require(
-            self.without_timestamps is True,
-            "without_timestamps=False is not supported yet; it comes with long-form decoding.",
-        )
         several = not isinstance(self.lm_temperature, (int, float, str)) and bool(self.lm_temperature)
         own = tuple(self.lm_temperature) if several else (self.lm_temperature,)  # type: ignore[arg-type]
         for name, value in [("asr_temperature", self.asr_temperature), *(("lm_temperature", value) for value in own)]:
@@ -157,6 +155,7 @@ class DecodingOptions:
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, f"{name} must be an integer >= 0, got {value!r}.")
         self._check_coverage()
+        self._check_timestamps()
         self.weighted_hotwords()
         self._check_rule()
         self.beam_settings(end_id=0, room=448)
@@ -179,6 +178,17 @@ class DecodingOptions:
         require(
             self.min_attention_centre is None or 0 <= self.min_attention_centre <= 1,
             f"min_attention_centre must be from 0 to 1 or None, got {self.min_attention_centre!r}.",
+        )
+
+    def _check_timestamps(self) -> None:
+        require(
+            isinstance(self.without_timestamps, bool),
+            f"without_timestamps must be True or False, got {self.without_timestamps!r}.",
+        )
+        latest = self.max_initial_timestamp
+        require(
+            latest is None or (isinstance(latest, (int, float)) and math.isfinite(latest) and latest >= 0),
+            f"max_initial_timestamp must be seconds of at least 0 or None, got {latest!r}; 1.0 is customary.",
         )
 
     def weighted_hotwords(self) -> dict[str, float]:

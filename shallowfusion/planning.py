@@ -32,6 +32,8 @@ from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.lookups import with_ngram_lookups
 from shallowfusion.search.loop import SearchPlan, StageClock
 from shallowfusion.search.sources import Sources
+from shallowfusion.search.timestamp_guard import timestamp_rules
+from shallowfusion.search.timestamps import TimestampRules
 from shallowfusion.text.vocabulary import class_factors, text_map, token_map
 from shallowfusion.values import Unmapped
 
@@ -312,6 +314,7 @@ class SearchPlanner:
             phrases=self._phrases(options.weighted_hotwords(), options.hotwords_inside_words),
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
+            timestamps=self._timestamps(options),
         )
 
     def _subtracted_map(self, rule: Rule) -> Tensor:
@@ -341,12 +344,16 @@ class SearchPlanner:
         found = [encode(start + wanted, add_special_tokens=False) for start in (" ", "")]
         return [ids for ids in found if b"".join(pieces[i] or b"" for i in ids).strip() == wanted.encode()]
 
+    def _timestamps(self, options: DecodingOptions) -> TimestampRules | None:
+        return None if options.without_timestamps else timestamp_rules(self.acoustic, options.max_initial_timestamp)
+
     def _suppressed(self, options: DecodingOptions) -> tuple[int, ...]:
-        given = options.suppress_tokens
+        given, rules = options.suppress_tokens, self._timestamps(options)
+        own = () if rules is None else (rules.begin - 1,)  # the token that says there are none
         if given in ("-1", -1):
-            return self.acoustic.tokens.suppressed
+            return (*self.acoustic.tokens.suppressed, *own)
         if given is None:
-            return ()
+            return own
         require(
             isinstance(given, Sequence) and not isinstance(given, str),
             f"suppress_tokens must be token ids, '-1' or None, got {given!r}.",
@@ -354,7 +361,7 @@ class SearchPlanner:
         size = len(self.acoustic.scorer.vocabulary)
         ids = tuple(int(token) for token in given)  # type: ignore[union-attr]
         require(all(0 <= i < size for i in ids), f"suppress_tokens must be ids from 0 to {size - 1}, got {ids}.")
-        return ids
+        return (*ids, *own)
 
     def _languages(self, encoder_output: Tensor, options: DecodingOptions, clock: StageClock) -> list[str]:
         known = self.acoustic.tokens.languages
@@ -379,14 +386,14 @@ class SearchPlanner:
         return [codes[best] for best in logits[:, ids].argmax(dim=1).tolist()]
 
     def _prefix(self, language: str, options: DecodingOptions) -> list[int]:
-        """Previous text, start, language, task and no-timestamps tokens, as Whisper was trained on."""
+        """Previous text, start, language, task and, without timestamps, the token for that, as in training."""
         tokens = self.acoustic.tokens
         prefix = self._previous_text(options)
         prefix.append(tokens.start)
         if tokens.is_multilingual:
             prefix.append(tokens.languages[language])
             prefix.append(tokens.tasks[options.task])
-        if tokens.no_timestamps is not None:
+        if options.without_timestamps and tokens.no_timestamps is not None:
             prefix.append(tokens.no_timestamps)
         return prefix
 

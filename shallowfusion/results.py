@@ -11,7 +11,7 @@ from shallowfusion.config import Driver
 from shallowfusion.errors import ShallowFusionError
 from shallowfusion.fusion.rescore import rescore
 from shallowfusion.fusion.rules import Rule
-from shallowfusion.values import Hypothesis
+from shallowfusion.values import Hypothesis, Span
 
 if TYPE_CHECKING:
     from shallowfusion.search.stage_clock import StageClock
@@ -115,8 +115,13 @@ class Transcription:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """One segment, the whole window; segments within it come with timestamps."""
+        """What lies between timestamps, their texts together the result's text; without timestamps the whole window.
+
+        A segment that nothing closed lasts to the end of the recording.
+        """
         best = self.best
+        if best.spans is not None:
+            return tuple(_segment(i, span, best, self.duration) for i, span in enumerate(best.spans))
         average = best.parts["asr"] / max(1, len(best.tokens))
         ratio = compression_ratio(best.text)
         return (Segment(0, 0.0, self.duration, best.text, best.token_ids, average, ratio),)
@@ -157,6 +162,7 @@ class Transcription:
             "duration": self.duration,
             "flags": list(self.flags),
             "rule": repr(self.rule),
+            **({} if self.best.spans is None else {"segments": [_segment_json(segment) for segment in self.segments]}),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
             "timing": None if self.timing is None else _timing_json(self.timing),
         }
@@ -171,6 +177,18 @@ def compression_ratio(text: str) -> float:
     """Bytes of the text over bytes of its zlib compression; above 2.4 openai-whisper suspects a loop."""
     data = text.encode()
     return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+def _segment(number: int, span: Span, hypothesis: Hypothesis, duration: float) -> Segment:
+    said = hypothesis.tokens[span.first : span.last]
+    average = sum(token.parts["asr"] for token in said) / len(said)
+    end = max(span.start, duration) if span.end is None else span.end
+    ids = hypothesis.token_ids[span.first : span.last]
+    return Segment(number, span.start, end, span.text, ids, average, compression_ratio(span.text))
+
+
+def _segment_json(segment: Segment) -> dict[str, Any]:
+    return {"start": segment.start, "end": segment.end, "text": segment.text}
 
 
 def _hypothesis_json(hypothesis: Hypothesis) -> dict[str, Any]:

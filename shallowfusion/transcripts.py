@@ -16,6 +16,8 @@ from shallowfusion.scorers.cross_attention import attention_over_frames
 from shallowfusion.scorers.loading import AcousticModel
 from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.loop import SearchOutcome
+from shallowfusion.search.timestamp_spans import spans_of
+from shallowfusion.search.timestamps import TimestampRules
 from shallowfusion.values import Hypothesis, Token
 
 __all__ = ["hypotheses_of", "ranked_by_listening"]
@@ -24,9 +26,11 @@ LOOP_COMPRESSION_RATIO = 2.4  # openai-whisper's threshold
 TRUNCATION_LOG_PROB = math.log(0.1)
 
 
-def hypotheses_of(outcome: SearchOutcome, names: Sequence[str], acoustic: AcousticModel) -> list[Hypothesis]:
-    """The hypotheses of one utterance, best first; `names` are those of the parts."""
-    return [_hypothesis(found, names, acoustic, outcome.saw_nan) for found in outcome.hypotheses]
+def hypotheses_of(
+    outcome: SearchOutcome, names: Sequence[str], acoustic: AcousticModel, timestamps: TimestampRules | None = None
+) -> list[Hypothesis]:
+    """The hypotheses of one utterance, best first; `names` are those of the parts, `timestamps` of the plan."""
+    return [_hypothesis(found, names, acoustic, outcome.saw_nan, timestamps) for found in outcome.hypotheses]
 
 
 def ranked_by_listening(
@@ -64,11 +68,23 @@ def ranked_by_listening(
     return [hypothesis for _, hypothesis in ranked]
 
 
-def _hypothesis(found: FinishedHypothesis, names: Sequence[str], acoustic: AcousticModel, saw_nan: bool) -> Hypothesis:
+def _hypothesis(
+    found: FinishedHypothesis,
+    names: Sequence[str],
+    acoustic: AcousticModel,
+    saw_nan: bool,
+    timestamps: TimestampRules | None,
+) -> Hypothesis:
     tokenizer: Any = acoustic.tokenizer
     ids = list(found.token_ids)
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    texts = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+
+    def text_of(own: Sequence[int]) -> str:
+        said = [i for i in own if timestamps is None or not timestamps.is_timestamp(i)]
+        text: str = tokenizer.decode(said, skip_special_tokens=True)
+        return text
+
+    text = text_of(ids).strip()
+    texts = [text_of([i]) for i in ids]
     if found.ended:
         ids, texts = [*ids, acoustic.tokens.end], [*texts, ""]
     parts = found.parts.astype(float)
@@ -84,4 +100,5 @@ def _hypothesis(found: FinishedHypothesis, names: Sequence[str], acoustic: Acous
         "nan": saw_nan,
     }
     raised = tuple(name for name, is_raised in flags.items() if is_raised)
-    return Hypothesis(text, tuple(found.token_ids), tokens, found.total, found.key, sums, raised)
+    spans = None if timestamps is None else spans_of(timestamps, found.token_ids, text_of)
+    return Hypothesis(text, tuple(found.token_ids), tokens, found.total, found.key, sums, raised, spans)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "StepRequest", "Token", "Unmapped"]
+__all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "Span", "StepRequest", "Token", "Unmapped"]
 
 Combine = Literal["log_linear", "mixture"]
 Normalize = Literal["none", "local", "end_factored"]
@@ -171,12 +171,30 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A stretch of a hypothesis between two timestamps.
+
+    Args:
+        start, end: seconds from the beginning of the window; end is None where nothing closed it.
+        text: of its tokens; that of the first span of a hypothesis without its leading space, so that all together are
+            the hypothesis's text.
+        first, last: its text tokens are token_ids[first:last].
+    """
+
+    start: float
+    end: float | None
+    text: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """One transcript of an utterance.
 
     Args:
         text: stripped of the leading space.
-        token_ids: text tokens, without prefix and end token.
+        token_ids: text tokens, and timestamps where they were asked for, without prefix and end token.
         tokens: the same with scores, the end token last if the hypothesis has one.
         total: sum of the token totals, nats.
         score: what hypotheses are ranked by: the total after the length rule.
@@ -184,6 +202,7 @@ class Hypothesis:
         flags: "forced_finish" (stopped without an end token), "truncation" (ended although the acoustic model gave
             the end little chance), "repetition" (the text repeats itself), "nan" (a model returned NaN),
             "lm_distrusted" (decoded without language models, which found the fused one too unlikely).
+        spans: what lies between timestamps, in order; None if they were not asked for.
     """
 
     text: str
@@ -193,6 +212,7 @@ class Hypothesis:
     score: float
     parts: Mapping[str, float]
     flags: tuple[str, ...] = ()
+    spans: tuple[Span, ...] | None = None
 
     @property
     def ended(self) -> bool:

@@ -45,12 +45,13 @@ def vocabulary(size: int, begin_id: int | None = None, name: str = "tiny") -> Vo
 
 
 def tiny_whisper(
-    seed: int = 0, sharpness: float = 4.0, layers: int = 2, positions: int = 64, **changes: object
+    seed: int = 0, sharpness: float = 4.0, layers: int = 2, positions: int = 64, timestamps: int = 1, **changes: object
 ) -> AcousticModel:
     """A random Whisper of width 32 whose distributions are peaked enough for a search to mean something."""
     torch.manual_seed(seed)
+    vocab_size = NO_TIMESTAMPS + 1 + timestamps
     config = WhisperConfig(
-        vocab_size=ACOUSTIC_VOCAB, d_model=32, encoder_layers=1, decoder_layers=layers, encoder_attention_heads=4,
+        vocab_size=vocab_size, d_model=32, encoder_layers=1, decoder_layers=layers, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16, max_source_positions=30,
         max_target_positions=positions, pad_token_id=END, bos_token_id=END, eos_token_id=END,
         decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None, **changes,
@@ -61,7 +62,7 @@ def tiny_whisper(
             parameter.mul_(sharpness)
         _favour_end(model)
     model.generation_config.no_timestamps_token_id = NO_TIMESTAMPS
-    scorer = WhisperScorer(model, vocabulary(ACOUSTIC_VOCAB, name="tiny whisper"))
+    scorer = WhisperScorer(model, vocabulary(vocab_size, name="tiny whisper"))
     features = FeatureSettings(feature_size=16, sampling_rate=16000, hop_length=160, n_fft=400, chunk_seconds=30)
     object.__setattr__(features, "chunk_seconds", 30)
     return AcousticModel("tiny whisper", scorer, LetterTokenizer(), features, whisper_tokens(model))

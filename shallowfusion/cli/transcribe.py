@@ -184,6 +184,7 @@ def options_from(arguments: argparse.Namespace) -> DecodingOptions:
         given = arguments.suppress_tokens
         names["suppress_tokens"] = given if given == "-1" else [int(i) for i in given.split(",") if i.strip()]
     names["suppress_blank"] = not arguments.keep_blank
+    names["without_timestamps"] = not arguments.timestamps
     if arguments.hotword:
         names["hotwords"] = _hotwords(arguments.hotword)
     return DecodingOptions.of(**names)
@@ -234,6 +235,7 @@ def _numbers() -> dict[str, tuple[type, str]]:
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
         "max_new_tokens": (int, "no more tokens than this (default: what the model's window leaves)"),
         "no_repeat_ngram_size": (int, "no group of this many tokens is said twice (default: 0, off)"),
+        "max_initial_timestamp": (float, "seconds, the latest first timestamp (default: 1)"),
         "coverage_weight": (float, "weight of the recording's coverage in the ranking of the n-best (default: 0)"),
         "min_attention_centre": (float, "ends that look at less of the recording than this come last (default: off)"),
         "asr_temperature": (float, "default: 1"),
@@ -315,6 +317,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         help="favour them inside longer words too (default: whole words only)",
     )  # fmt: skip
     group.add_argument("--suppress-tokens", default=None, metavar="IDS", help="-1 = the model's list, or ids: 1,2,3")
+    group.add_argument("--timestamps", action="store_true", help="segments with the seconds they begin and end at")
     group.add_argument("--keep-blank", action="store_true", help="allow blank or end as the first token")
 
 
@@ -330,9 +333,20 @@ def _show(result: Transcription, as_json: bool, with_name: bool) -> None:
         print(json.dumps(result.to_json(), ensure_ascii=False), flush=True)
     elif result.error is not None:
         print(f"shallowfusion: {result.error}", file=sys.stderr)
+    elif result.best.spans is not None:
+        _show_segments(result, with_name)
     else:
         alarm = f"  [{', '.join(result.flags)}]" if result.flags else ""
         print(f"{result.source}: {result.text}{alarm}" if with_name else f"{result.text}{alarm}", flush=True)
+
+
+def _show_segments(result: Transcription, with_name: bool) -> None:
+    """One line each, and one for the alarms."""
+    name = f"{result.source}: " if with_name else ""
+    for segment in result.segments:
+        print(f"{name}[{segment.start:.2f} -> {segment.end:.2f}] {segment.text.strip()}", flush=True)
+    if result.flags:
+        print(f"{name}[{', '.join(result.flags)}]", flush=True)
 
 
 def progress(batches: Any, title: str) -> Any:

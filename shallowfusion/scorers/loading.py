@@ -56,7 +56,11 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class WhisperTokens:
-    """The special tokens of a Whisper model and its suppression lists; None where the model has none."""
+    """The special tokens of a Whisper model and its suppression lists; None where the model has none.
+
+    Args:
+        num_timestamps: tokens for times in steps of 0.02 s, from the one after `no_timestamps` on.
+    """
 
     start: int
     end: int
@@ -66,6 +70,7 @@ class WhisperTokens:
     tasks: dict[str, int]
     suppressed: tuple[int, ...]
     first_suppressed: tuple[int, ...]
+    num_timestamps: int = 0
 
     @property
     def is_multilingual(self) -> bool:
@@ -243,16 +248,28 @@ def whisper_tokens(model: Any, tokenizer: Any = None) -> WhisperTokens:
     if start is None or end is None:
         raise ModelError(f"{config.name_or_path} names no decoder_start_token_id or eos_token_id.")
     languages = {key.strip("<|>"): value for key, value in (getattr(settings, "lang_to_id", None) or {}).items()}
+    no_timestamps = _named(settings, "no_timestamps_token_id", tokenizer, "<|notimestamps|>")
     return WhisperTokens(
         start=start,
         end=end,
-        no_timestamps=_named(settings, "no_timestamps_token_id", tokenizer, "<|notimestamps|>"),
+        no_timestamps=no_timestamps,
         previous=_named(settings, "prev_sot_token_id", tokenizer, "<|startofprev|>"),
         languages=languages if getattr(settings, "is_multilingual", bool(languages)) else {},
         tasks=dict(getattr(settings, "task_to_id", None) or {}),
         suppressed=tuple(getattr(settings, "suppress_tokens", None) or ()),
         first_suppressed=tuple(getattr(settings, "begin_suppress_tokens", None) or ()),
+        num_timestamps=0 if no_timestamps is None else _num_timestamps(config, tokenizer, no_timestamps + 1),
     )
+
+
+def _num_timestamps(config: Any, tokenizer: Any, begin: int) -> int:
+    """One for each frame of the encoder and one for the end, as far as the vocabulary goes.
+
+    Some tokenizers do not list them; where the id of the first is called otherwise there are none.
+    """
+    if tokenizer is not None and begin < len(tokenizer) and tokenizer.convert_ids_to_tokens(begin) != "<|0.00|>":
+        return 0
+    return max(0, min(int(config.vocab_size) - begin, int(config.max_source_positions) + 1))
 
 
 def _named(settings: Any, setting: str, tokenizer: Any, token: str) -> int | None:

@@ -18,6 +18,7 @@ from shallowfusion.kernels.beam_advance_reference import (
 )
 from shallowfusion.scorers.base import CachedScorer, Context
 from shallowfusion.scorers.fixed_decoder import FixedDecoder
+from shallowfusion.search.device_timestamps import DeviceTimestamps
 from shallowfusion.search.loop import SearchPlan
 from shallowfusion.values import Candidates, RowStatistics, StepRequest, no_candidates
 
@@ -44,7 +45,7 @@ def structure(plan: SearchPlan) -> Hashable:
     return (
         settings.beam_size, settings.end_ids, settings.stop_rule, settings.early_stopping == "first", length_room(plan),
         settings.recombination, maps, plan.unmapped, plan.normalize, plan.temperatures, _end_limit(plan),
-        _has_bias(plan), edit_room(len(_edits(plan))), plan.backend,
+        _has_bias(plan), edit_room(len(_edits(plan))), plan.timestamps, plan.backend,
     )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ class DeviceStep:
             for scorer, own in zip(scorers, self.slots, strict=True)
         ]
         self.maps = tuple(None if given is None else given.to(self.device) for given in plan.maps)
+        self._timestamps: DeviceTimestamps | None = None
         self._first_bias = self._length_bonus = torch.empty(0)
         self._selecting: list[Call] = []
         self._following: list[Call] = []
@@ -132,6 +134,8 @@ class DeviceStep:
     def restart(self, num_searches: int) -> None:
         """Start beams in the first `num_searches` places; the others count as done."""
         self.arrays.reset(self.tables, self._first_bias, num_searches)
+        if self._timestamps is not None:
+            self._timestamps.reset()
 
     @torch.inference_mode()
     def select(self) -> None:
@@ -156,8 +160,10 @@ class DeviceStep:
         self._first_bias = self._bias(vocab)
         self.arrays = BeamArrays.make(self.tables, self.num_utterances, vocab, settings.num_candidates, len(sources))
         self._length_bonus = torch.full((rows,), plan.length_bonus, device=self.device)
-        limits_end, words = _end_limit(plan) is not None, (vocab + 31) // 32
-        self.allowed = torch.full((rows, words), -1, dtype=torch.int32, device=self.device) if limits_end else None
+        self._limits_end = limits_end = _end_limit(plan) is not None
+        words = (vocab + 31) // 32
+        has_mask = limits_end or plan.timestamps is not None
+        self.allowed = torch.full((rows, words), -1, dtype=torch.int32, device=self.device) if has_mask else None
         request = StepRequest(
             sources=tuple(sources),
             weights=self.arrays.weights,
@@ -175,10 +181,15 @@ class DeviceStep:
             combine="log_linear",
             normalize=plan.normalize,
         )
-        if self.on_kernels:
-            self._selecting, self._following = self._launches(request)
-        else:
-            self._selecting, self._following = self._plain_calls(request)
+        make = self._launches if self.on_kernels else self._plain_calls
+        limiting, choosing, self._following = make(request)
+        self._selecting = [*limiting, *choosing]
+        if plan.timestamps is not None and self.allowed is not None:
+            end_id = plan.end_id if limits_end else None
+            parents, tokens = self.arrays.parents, self.arrays.tokens
+            own = DeviceTimestamps(plan.timestamps, request, parents, tokens, end_id)
+            self._selecting = [*limiting, own.limit, *choosing, own.follow]
+            self._timestamps = own
 
     def _bias(self, vocab: int) -> Tensor:
         """Of the first step."""
@@ -187,25 +198,26 @@ class DeviceStep:
         bias[[*self.plan.suppressed, *early]] = IMPOSSIBLE
         return bias
 
-    def _launches(self, request: StepRequest) -> tuple[list[Call], list[Call]]:
-        """Kernel launches that reuse their memory."""
+    def _launches(self, request: StepRequest) -> tuple[list[Call], list[Call], list[Call]]:
+        """Kernel launches that reuse their memory: the end's limit, what chooses, what follows."""
         from shallowfusion.kernels.beam_advance import plan_beam_advance, plan_follow_slots, plan_limit_end
         from shallowfusion.kernels.fused_step import plan_fused_step, plan_row_statistics
 
-        acoustic, temperature, launches = request.sources[0], request.temperatures[0], []
-        if self.allowed is not None:
-            launches, statistics = plan_row_statistics(acoustic, temperature)
+        acoustic, temperature, limiting = request.sources[0], request.temperatures[0], []
+        if self._limits_end:
+            limiting, statistics = plan_row_statistics(acoustic, temperature)
             limit = (acoustic, statistics, self.allowed, self.plan.end_id, temperature, self.plan.end_threshold)
-            launches = [*launches, plan_limit_end(*limit)]
+            limiting = [*limiting, plan_limit_end(*limit)]
         fused, candidates = plan_fused_step(request)
-        launches = [*launches, *fused, plan_beam_advance(self.tables, self.arrays, candidates)]
+        choosing = [*fused, plan_beam_advance(self.tables, self.arrays, candidates)]
         following = [
             plan_follow_slots(self.arrays, slots, given, source.shape[1])
             for slots, given, source in zip(self.slots, self.maps, request.sources, strict=True)
         ]
-        return [launch.run for launch in launches], [launch.run for launch in following]
+        limits, chooses, follows = ([launch.run for launch in own] for own in (limiting, choosing, following))
+        return limits, chooses, follows
 
-    def _plain_calls(self, request: StepRequest) -> tuple[list[Call], list[Call]]:
+    def _plain_calls(self, request: StepRequest) -> tuple[list[Call], list[Call], list[Call]]:
         """The same without kernels, for the CPU."""
         utterances, sources = self.num_utterances, len(request.sources)
         candidates = no_candidates(utterances, request.top_k, sources, request.num_rows, self.device)
@@ -218,8 +230,6 @@ class DeviceStep:
         }  # fmt: skip
 
         def fuse() -> None:
-            if self.allowed is not None:
-                self._limit_end(request)
             found = fused_step(
                 request.sources, request.weights, request.totals, end_id=request.end_id, backend=self.plan.backend,
                 **numbers,
@@ -231,7 +241,8 @@ class DeviceStep:
             return lambda: follow_slots_reference(self.arrays, self.slots[source], self.maps[source], vocab)
 
         advance: Call = lambda: beam_advance_reference(self.tables, self.arrays, candidates)  # noqa: E731
-        return [fuse, advance], [follow(source) for source in range(sources)]
+        limit: Call = lambda: self._limit_end(request)  # noqa: E731
+        return [limit] * self._limits_end, [fuse, advance], [follow(source) for source in range(sources)]
 
     def _limit_end(self, request: StepRequest) -> None:
         from shallowfusion.fusion.step import row_statistics

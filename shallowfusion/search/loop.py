@@ -17,6 +17,7 @@ from shallowfusion.search.beam_state import FinishedHypothesis
 from shallowfusion.search.candidates import CandidateScorer
 from shallowfusion.search.running import RunningSearches
 from shallowfusion.search.stage_clock import StageClock
+from shallowfusion.search.timestamps import TimestampRules
 from shallowfusion.values import Normalize, Unmapped
 
 __all__ = ["SearchOutcome", "SearchPlan", "StageClock", "search"]
@@ -41,6 +42,7 @@ class SearchPlan:
         class_sources: second looks at sources for tokens whose weight differs.
         phrases: favoured token sequences; `vocab_size`: of the acoustic model, wanted with phrases.
         no_repeat_ngram_size: no row holds the same group of that many tokens twice; 0 = it may.
+        timestamps: rules by which rows say timestamps; None = the model was told to say none.
     """
 
     settings: BeamSettings
@@ -60,6 +62,7 @@ class SearchPlan:
     phrases: PhraseAutomatonProtocol | None = None
     vocab_size: int = 0
     no_repeat_ngram_size: int = 0
+    timestamps: TimestampRules | None = None
     backend: Backend = "auto"
 
     @property

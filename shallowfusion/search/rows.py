@@ -22,6 +22,7 @@ from shallowfusion.search.candidates import (
 )
 from shallowfusion.search.guards import RepeatGuard
 from shallowfusion.search.step_calls import StepCall, run_together
+from shallowfusion.search.timestamp_guard import TimestampGuard
 from shallowfusion.values import Unmapped
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Rows:
         self._vocab_sizes: list[int] = []
         self._ids = [None if given is None else given.cpu().numpy().astype(np.int64) for given in plan.maps]
         self.guard = RepeatGuard(plan.no_repeat_ngram_size, prompts) if plan.no_repeat_ngram_size else None
+        self.timestamps = TimestampGuard(plan.timestamps, num_utterances) if plan.timestamps is not None else None
         self.booster = (
             PhraseBooster(plan.phrases, plan.vocab_size, num_utterances) if plan.phrases is not None else None
         )
@@ -153,8 +155,8 @@ class Rows:
             if owed is not None and scorer.weight:
                 self.totals = (self.totals + scorer.weight * owed).astype(np.float32)
 
-    def _followers(self) -> list[CandidateScorer | RepeatGuard | PhraseBooster]:
-        return [*self.scorers, *(own for own in (self.guard, self.booster) if own is not None)]
+    def _followers(self) -> list[CandidateScorer | RepeatGuard | TimestampGuard | PhraseBooster]:
+        return [*self.scorers, *(own for own in (self.guard, self.timestamps, self.booster) if own is not None)]
 
     def _sums(self, device: torch.device) -> Tensor | None:
         if not self._keeps_sums:
@@ -180,15 +182,18 @@ class Rows:
         return self._biases[forbidden]
 
     def _allowed(self, view: StepView) -> Tensor | None:
-        """Every token, but no repetition the guard forbids, and the end token only where it is likely enough."""
+        """What the guards of repetitions and timestamps let pass, the end token only where it is likely enough."""
         plan, acoustic = self.plan, view.logits[0]
         needs_threshold = plan.end_threshold is not None and (plan.rule.fuses or plan.fuses_late)
-        if not needs_threshold and self.guard is None:
+        if not needs_threshold and self.guard is None and self.timestamps is None:
             return None
         words = torch.full((acoustic.shape[0], (acoustic.shape[1] + 31) // 32), -1, dtype=torch.int32)
-        if self.guard is not None:
-            _forbid(words.numpy(), *self.guard.forbidden())
+        repeated = None if self.guard is None else self.guard.forbidden()
+        if repeated is not None:
+            _forbid(words.numpy(), *repeated)
         words = words.to(acoustic.device)
+        if self.timestamps is not None:
+            words &= self.timestamps.allowed(acoustic, view.temperatures[0], self._forbidden(view.step), repeated)
         if needs_threshold:
             refused = self._end_is_unlikely(view)
             word, bit = divmod(plan.end_id, 32)

@@ -218,7 +218,7 @@ class SessionEngine:
         if own.rule is not None and own.rule.delay is not None:  # such a cohort is of one utterance
             (outcome,) = finished([outcome], own.late, counts)
         with self.clock("text"), counts("text"):
-            listed = hypotheses_of(outcome, own.part_names, self.acoustic)
+            listed = hypotheses_of(outcome, own.part_names, self.acoustic, own.plan.timestamps)
         if job.encoded is not None:
             window = float(self.acoustic.features.chunk_seconds)
             prefix = own.contexts[0].prompts[place]

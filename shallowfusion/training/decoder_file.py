@@ -23,7 +23,16 @@ __all__ = ["DecoderFile", "saved_options", "with_calibration"]
 _KIND, _VERSION = "shallowfusion decoder", 1
 # What belongs to a call, not to a decoder, or is said by the rule.
 _LEFT_OUT = frozenset(
-    {"rule", "lm_weight", "initial_steps", "n_best", "batch_size", "without_timestamps", "hotword_weight"}
+    {
+        "rule",
+        "lm_weight",
+        "initial_steps",
+        "n_best",
+        "batch_size",
+        "without_timestamps",
+        "max_initial_timestamp",
+        "hotword_weight",
+    }
 )
 
 
