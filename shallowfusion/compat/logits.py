@@ -17,15 +17,17 @@ SMALLEST_PROB = 1e-15
 
 
 def log_probs_of(logits: Any, num_labels: int) -> npt.NDArray[np.float32]:
-    """Log-probs of logits [frames, labels]; rows that sum to 1 are taken as probabilities."""
+    """Log-probs of logits [frames, labels], floats or whole numbers; rows that sum to 1 are taken as probabilities."""
     array: npt.NDArray[Any] = np.asarray(logits.detach().cpu().numpy() if hasattr(logits, "detach") else logits)
     require(
-        array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] == num_labels,
+        array.ndim == 2 and array.dtype.kind in "fiu" and array.shape[1] == num_labels,
         f"logits must have shape [frames, {num_labels}], one column for each label, got {array.dtype} "
         f"{list(array.shape)}.",
     )
     if array.dtype == np.float16:
         array = array.astype(np.float32)
+    elif array.dtype.kind != "f":
+        array = array.astype(np.float64)
     if len(array) == 0:
         return array.astype(np.float32)
     with np.errstate(all="ignore"):

@@ -198,7 +198,7 @@ class CTCDecoder:
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
-            search.spelling.check("".join(piece.text for piece in self.alphabet.pieces))
+            search.spelling.check(self._sayable())
         else:
             search = self._chooser.choose(search, log_probs)
         start = time.perf_counter()
@@ -217,6 +217,11 @@ class CTCDecoder:
             if transcription.error is not None:
                 logger.error("%s was not decoded: %s", transcription.source, transcription.error)
         return made
+
+    def _sayable(self) -> str:
+        """Every character that a text may hold: those of the labels but the ones the model never says."""
+        silenced = set() if self.model is None else set(self.model.silenced)
+        return "".join(piece.text for label, piece in enumerate(self.alphabet.pieces) if label not in silenced)
 
     def _transcription(self, number: int, result: CtcResult, frames: int) -> Transcription:
         return Transcription(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_librispeech_beams_equal_pyctcdecode(theirs: Any) -> None:
     other = theirs.build_ctcdecoder(list(LIBRI_LABELS)).decode_beams(libri())
     assert_same_beams(own, other)
     assert_same_frames(own, other)
+
+
+def test_the_published_logits_as_they_are_loaded_are_whole_numbers_and_decode_alike(theirs: Any) -> None:
+    raw = np.array(json.loads(shared_file("pyctcdecode/libri_logits.json").read_text(encoding="utf-8")))
+    assert raw.dtype.kind == "i"
+    own, other = (module.build_ctcdecoder(list(LIBRI_LABELS)) for module in (ours, theirs))
+    assert own.decode(raw) == other.decode(raw) == LIBRI_TEXT
+    assert_same_beams(own.decode_beams(raw), other.decode_beams(raw))
+    said = np.eye(len(LIBRI_LABELS), dtype=np.uint8)[[1, 28, 2]]  # probabilities of one and zero
+    assert own.decode(said) == other.decode(said) == "ab"
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -308,7 +319,7 @@ def test_broken_decoder_folders_are_refused(tmp_path: Path) -> None:
 
 def test_bad_input_is_refused() -> None:
     decoder = ours.build_ctcdecoder(BUNNY_LABELS)
-    for bad in (np.zeros((4, 7)), np.zeros(8), np.zeros((1, 4, 8)), np.zeros((4, 8), np.int64), "logits", None):
+    for bad in (np.zeros((4, 7)), np.zeros(8), np.zeros((1, 4, 8)), np.zeros((4, 8), bool), "logits", None):
         with pytest.raises(InvalidArgumentError, match="logits"):
             decoder.decode(bad)
     with pytest.raises(AcousticScoresError, match="NaN"):

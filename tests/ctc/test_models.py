@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from shallowfusion import fusion
 from shallowfusion.cli.main import main
 from shallowfusion.ctc.decoder import CTCDecoder
 from shallowfusion.ctc.models import is_ctc_model, load_ctc_model
-from shallowfusion.errors import AudioError, InvalidArgumentError, ModelError
+from shallowfusion.errors import AudioError, InvalidArgumentError, ModelError, VocabularyError
 from tests.ctc.tiny_models import KINDS, LETTERS, PIECES, save_tiny_model
 from tests.shipped import ASR, MEDICAL, clip
 
@@ -99,6 +100,16 @@ def test_a_language_model_has_its_say(directories: dict[str, str], kind: str, tm
     if set(result.text.split()) <= set(words):
         assert result.best.parts["lm"] == pytest.approx(-(count + 1) * np.log(10.0), abs=1e-3)
     assert result.best.total == pytest.approx(result.best.parts["asr"] + 0.5 * result.best.parts["lm"], abs=1e-4)
+
+
+def test_a_late_language_model_need_not_spell_labels_that_are_never_said(directories: dict[str, str]) -> None:
+    decoder = CTCDecoder.from_pretrained(directories["hubert"], device="cpu", threads=1, llm=MEDICAL)
+    assert decoder.model is not None
+    assert any("<" in decoder.model.labels[label] for label in decoder.model.silenced)
+    (result,) = decoder.transcribe(recordings(1), rule=fusion.delayed(0.3, interval=None), beam_size=4)
+    assert result.best.parts["llm"] < 0
+    with pytest.raises(VocabularyError, match="'<'"):
+        CTCDecoder(["", "a", "<"], llm=decoder.llm).decode(np.full((1, 2, 3), -2.0), rule=fusion.delayed(0.3))
 
 
 def test_failures_stay_alone(directories: dict[str, str]) -> None:
