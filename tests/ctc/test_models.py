@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,62 @@ def test_the_command_line_chooses_by_model(directories: dict[str, str], capsys: 
     text = capsys.readouterr().out.strip()
     decoder = CTCDecoder.from_pretrained(directories["wav2vec2"], device="cpu")
     assert text == decoder.transcribe(clip(2), beam_size=20)[0].text
-    for given in (["--stop-rule", "whisper"], ["--ctc-weight", "0.3"], ["--lm", MEDICAL, "--lm", MEDICAL]):
+    for given in (
+        ["--stop-rule", "whisper"],
+        ["--ctc-weight", "0.3"],
+        ["--lm", MEDICAL, "--lm", MEDICAL],
+        ["--lm", MEDICAL],
+        ["--rule", "delayed(0.5)"],
+        ["--lm", MEDICAL, "--lm-weight", "0.3"],
+    ):
         assert main([*command, *given]) == 2
         assert "CTC model" in capsys.readouterr().err
+    assert main(["transcribe", str(clip(2)), "--asr", ASR, "--word-bonus", "1", "--backend", "native"]) == 2
+    assert "word_bonus, backend are for the search of CTC models" in capsys.readouterr().err
+
+
+def words_arpa(path: Path) -> str:
+    lines = ["\\data\\", "ngram 1=4", "", "\\1-grams:", "-2\t<unk>", "-99\t<s>", "-1\t</s>", "-1\tt", "", "\\end\\", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_the_command_line_gives_a_ctc_model_both_language_models_and_its_own_options(
+    directories: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arpa, model = words_arpa(tmp_path / "words.arpa"), directories["hubert"]
+    command = [
+        "transcribe", str(clip(2)), "--asr", model, "--device", "cpu", "--lm", MEDICAL, "--lm", arpa, "--rule",
+        "delayed(0.4, interval=20)", "--beam-size", "6", "--n-best", "2", "--word-bonus", "0.5", "--beam-margin", "40",
+        "--blank-skip", "0.99", "--backend", "native", "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    decoder = CTCDecoder.from_pretrained(model, arpa, device="cpu", llm=MEDICAL)
+    (wanted,) = decoder.transcribe(
+        clip(2), n_best=2, rule=fusion.delayed(0.4, interval=20), beam_size=6, word_bonus=0.5, beam_margin=40.0,
+        blank_skip=0.99, backend="native",
+    )  # fmt: skip
+    assert [found["text"] for found in record["n_best"]] == [found.text for found in wanted.n_best]
+    assert record["n_best"][0]["total"] == pytest.approx(wanted.best.total)
+    assert set(record["n_best"][0]["parts"]) == {"asr", "lm", "llm"}
+    assert record["timing"]["llm_calls"] > 1
+    assert main([*command[:6], "--blank-skip", "2"]) == 2
+    assert "blank_skip" in capsys.readouterr().err
+
+
+def test_a_ctc_model_is_evaluated_alone_and_fused(
+    directories: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arpa, model, manifest = words_arpa(tmp_path / "words.arpa"), directories["wav2vec2"], tmp_path / "test.jsonl"
+    manifest.write_text(json.dumps({"audio": str(clip(2)), "text": "some words", "id": "one"}) + "\n")
+    command = ["evaluate", str(manifest), "--asr", model, "--device", "cpu", "--lm", arpa, "--beam-size", "8", "--json"]
+    assert main([*command, "--try-weights", "0,3", "--word-bonus", "1"]) == 0
+    baseline, zero, three = json.loads(capsys.readouterr().out)["systems"]
+    alone = CTCDecoder.from_pretrained(model, device="cpu").transcribe(clip(2), beam_size=8, word_bonus=1.0)[0]
+    fused = CTCDecoder.from_pretrained(model, arpa, device="cpu")
+    texts = [fused.transcribe(clip(2), beam_size=8, word_bonus=1.0, lm_weight=weight)[0].text for weight in (0.0, 3.0)]
+    assert [list(found["texts"].values()) for found in (baseline, zero, three)] == [[alone.text], *([t] for t in texts)]
+    assert texts[1] != alone.text
+    assert main([*command, "--calibration", "nowhere.json"]) == 2
+    assert "calibration mean nothing" in capsys.readouterr().err
