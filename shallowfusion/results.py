@@ -10,7 +10,7 @@ from typing import Any
 from shallowfusion.errors import ShallowFusionError
 from shallowfusion.fusion.rescore import rescore
 from shallowfusion.fusion.rules import Rule
-from shallowfusion.values import Hypothesis
+from shallowfusion.values import Hypothesis, Token, Word
 
 __all__ = ["Segment", "Timing", "Transcription", "compression_ratio"]
 
@@ -88,6 +88,11 @@ class Transcription:
         return self.best.flags
 
     @property
+    def words(self) -> tuple[Word, ...]:
+        """The words with their times; none where times are not known."""
+        return self.best.words
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """One segment, the whole window; segments within it come with timestamps."""
         best = self.best
@@ -110,6 +115,8 @@ class Transcription:
             {**segment.__dict__, "tokens": list(segment.tokens), "seek": 0, "temperature": 0.0, "no_speech_prob": 0.0}
             for segment in self.segments
         ]
+        if self.words:
+            segments[0]["words"] = [dict(word.__dict__) for word in self.words]
         return {"text": self.text, "segments": segments, "language": self.language}
 
     def to_faster_whisper(self) -> tuple[tuple[Segment, ...], dict[str, Any]]:
@@ -130,6 +137,7 @@ class Transcription:
             "language": self.language,
             "duration": self.duration,
             "flags": list(self.flags),
+            "words": [dict(word.__dict__) for word in self.words],
             "rule": repr(self.rule),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
             "timing": None
@@ -151,9 +159,12 @@ def _hypothesis_json(hypothesis: Hypothesis) -> dict[str, Any]:
         "score": hypothesis.score,
         "parts": dict(hypothesis.parts),
         "flags": list(hypothesis.flags),
+        "words": [dict(word.__dict__) for word in hypothesis.words],
         "token_ids": list(hypothesis.token_ids),
-        "tokens": [
-            {"id": token.id, "text": token.text, "total": token.total, "parts": dict(token.parts)}
-            for token in hypothesis.tokens
-        ],
+        "tokens": [_token_json(token) for token in hypothesis.tokens],
     }
+
+
+def _token_json(token: Token) -> dict[str, Any]:
+    found = {"id": token.id, "text": token.text, "total": token.total, "parts": dict(token.parts)}
+    return found if token.start is None else {**found, "start": token.start, "end": token.end}

@@ -26,7 +26,7 @@ from shallowfusion.ngrams.table import NgramTable
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.loading import choose_device, choose_dtype, load_causal_lm
-from shallowfusion.values import Hypothesis, Token
+from shallowfusion.values import Hypothesis, Token, Word
 
 __all__ = ["CTCDecoder"]
 
@@ -44,7 +44,8 @@ class CTCDecoder:
         delimiter: the label between words, as index or as label; None = none.
         lm: path of an ARPA file of words, a table of words, or a `CtcLanguage`; None = none.
         word_start: how labels that begin a word are marked, for instance "▁"; None = they are not.
-        frame_seconds: length of a frame, for durations; 0 = unknown.
+        frame_seconds: length of a frame, for durations and the times of labels and words; 0 = unknown, and then there
+            are no times. 1.0 tells them in frames.
         threads: utterances decoded at a time, None = all cores.
         llm: a causal language model on any tokenizer, asked late under a rule of fusion.delayed.
 
@@ -161,7 +162,7 @@ class CTCDecoder:
         ]
 
     def search(self, options: CtcOptions | None = None, **names: Any) -> CtcSearch:
-        """The search with these options, for decoding chunk by chunk and for times of labels and words."""
+        """The search with these options, for decoding chunk by chunk and for times in frames."""
         chosen = _options(options, names)
         search = self._search
         if chosen != search.options:
@@ -189,7 +190,8 @@ class CTCDecoder:
 
         Returns:
             One result per utterance, in order; one that failed has `error` set, which its `text` raises. The scores of
-            a hypothesis are sums over alignments and belong to no label: each token bears an equal share.
+            a hypothesis are sums over alignments and belong to no label: each token bears an equal share. Times of
+            tokens and words are those of the alignment that `CtcOptions.times` names.
 
         Raises:
             InvalidArgumentError: bad options, or scores of another shape.
@@ -236,10 +238,15 @@ class CTCDecoder:
         shown = ids or (self.alphabet.blank,)  # an empty text keeps its scores in an end token
         parts = {name: value / len(shown) for name, value in found.parts.items()}
         texts = [" " if label == self.alphabet.delimiter else self.alphabet.pieces[label].text for label in shown]
+        length, words = self.frame_seconds, found.words if self.frame_seconds > 0 else []
+        is_timed = bool(ids) and length > 0
+        times: list[Any] = (found.label_frames * length).tolist() if is_timed else [(None, None)] * len(shown)
+        timed = tuple(Word(word, start * length, end * length) for word, (start, end) in words)
         tokens = tuple(
-            Token(label, text, found.total / len(shown), parts) for label, text in zip(shown, texts, strict=True)
+            Token(label, text, found.total / len(shown), parts, start, end)
+            for label, text, (start, end) in zip(shown, texts, times, strict=True)
         )
-        return Hypothesis(found.text, ids, tokens, found.total, found.total, dict(found.parts))
+        return Hypothesis(found.text, ids, tokens, found.total, found.total, dict(found.parts), words=timed)
 
 
 def _index(name: str, given: int | str, labels: tuple[str, ...]) -> int:

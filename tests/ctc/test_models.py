@@ -188,6 +188,10 @@ def test_the_command_line_gives_a_ctc_model_both_language_models_and_its_own_opt
     assert record["n_best"][0]["total"] == pytest.approx(wanted.best.total)
     assert set(record["n_best"][0]["parts"]) == {"asr", "lm", "llm"}
     assert record["timing"]["llm_calls"] > 1
+    assert " ".join(word["word"] for word in record["words"]) == record["text"]
+    ends = [word["end"] for word in record["words"]]
+    assert ends == sorted(ends)
+    assert ends[-1] <= record["duration"]
     assert main([*command[:6], "--blank-skip", "2"]) == 2
     assert "blank_skip" in capsys.readouterr().err
 
