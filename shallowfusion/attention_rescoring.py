@@ -154,7 +154,8 @@ class AttentionRescorer:
             hypotheses = []
             for k, ((text, ctc), tokens) in enumerate(zip(own, own_ids, strict=True)):
                 totals = {"ctc": ctc, **{name: sums[first + k] for name, sums in zip(names, said, strict=True)}}
-                hypotheses.append(self._hypothesis(text, tokens, scores[k], totals))
+                words = one.n_best[k].words if one.n_best else ()
+                hypotheses.append(replace(self._hypothesis(text, tokens, scores[k], totals), words=words))
             first += len(own)
             ranked = () if one.error else self._ranked(hypotheses, chosen)
             answers.append(replace(one, n_best=ranked, rule=chosen.rule))
@@ -164,7 +165,7 @@ class AttentionRescorer:
         log_probs = self.head.log_probs(encoder_output)
         limit = log_probs.shape[1]
         lengths = None if seconds is None else np.array([self.head.num_frames(own, limit) for own in seconds])
-        return self.ctc.decode(log_probs, lengths, self.options, n_best=size)
+        return self.ctc.decode(log_probs, lengths, self.options, n_best=size, layout="UFL")
 
     def _prompts(self, encoder_output: Tensor) -> list[list[int]]:
         options = DecodingOptions(rule=static([0.0] * len(self.decoder.language_models)))

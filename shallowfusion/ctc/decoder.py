@@ -16,6 +16,7 @@ from shallowfusion.checks import integer
 from shallowfusion.config import require
 from shallowfusion.ctc.backends import SearchChooser
 from shallowfusion.ctc.delayed import DelayedCtcSearch
+from shallowfusion.ctc.layouts import batch_of
 from shallowfusion.ctc.models import CtcModel, load_ctc_model
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
@@ -154,6 +155,7 @@ class CTCDecoder:
             except ShallowFusionError as error:
                 failed[i] = Transcription(sources[i], error=error)
                 logger.error("%s was not transcribed: %s", sources[i], error)
+        names = {"layout": "UFL", **names}
         decoded = iter(self.decode(*self.model.log_probs(samples), options, n_best, **names) if samples else [])
         seconds = iter(len(own) / self.model.sampling_rate for own in samples)
         return [
@@ -176,13 +178,16 @@ class CTCDecoder:
         options: CtcOptions | None = None,
         n_best: int = 1,
         rule: Rule | None = None,
+        layout: str | None = None,
         **names: Any,
     ) -> list[Transcription]:
         """Decode a batch.
 
         Args:
-            log_probs: float32 or float16 [utterances, frames, labels], array or tensor of any strides, nats.
+            log_probs: float32 or float16 [utterances, frames, labels], array or tensor of any strides, nats; also
+                [frames, labels] of one utterance, or a list of such arrays, of different lengths.
             lengths: frames of each utterance, None = all.
+            layout: the axes of an array, by their letters U(tterances), F(rames) and L(abels): "FUL" is time first.
             options: or option names as keywords.
             n_best: hypotheses per utterance.
             rule: of fusion.delayed, for the `llm`; its interval counts frames. An utterance of which the `llm` says
@@ -194,9 +199,10 @@ class CTCDecoder:
             tokens and words are those of the alignment that `CtcOptions.times` names.
 
         Raises:
-            InvalidArgumentError: bad options, or scores of another shape.
+            InvalidArgumentError: bad options, or scores of another shape or layout.
         """
         search: Any = self.search(options, **names)
+        log_probs, lengths = batch_of(log_probs, lengths, len(self.alphabet.labels), layout)
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
@@ -204,7 +210,7 @@ class CTCDecoder:
         else:
             search = self._chooser.choose(search, log_probs)
         start = time.perf_counter()
-        state = search.begin(len(log_probs) if hasattr(log_probs, "__len__") else 0)
+        state = search.begin(len(log_probs))
         search.step(state, log_probs, lengths)
         results = search.end(state, n_best)
         made = [self._transcription(*pair) for pair in zip(range(len(results)), results, state.num_frames, strict=True)]

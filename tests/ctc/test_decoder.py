@@ -146,7 +146,7 @@ def test_bad_input_is_refused() -> None:
     decoder = CTCDecoder(LABELS)
     with pytest.raises(InvalidArgumentError, match="beam_width"):
         decoder.decode(np.full((1, 2, 4), -2.0), beam_width=3)
-    for bad in (None, np.float32(3), np.zeros((2, 4)), [[1.0]]):
+    for bad in (None, np.float32(3), np.zeros((2, 3)), [[1.0]]):
         with pytest.raises(InvalidArgumentError, match="log_probs"):
             decoder.decode(bad)
     assert decoder.search(CtcOptions(beam_size=3)).options.beam_size == 3
