@@ -6,6 +6,11 @@ Texts, scores and word times are those of pyctcdecode 0.5, its pruning included.
 files (plain or .gz), not KenLM binaries, and one at a time (no MultiLanguageModel); every word of the ARPA file is
 known, also one without a back-off; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an
 error.
+
+In a batch such an error is logged and its utterance has the text "" (there pyctcdecode stops with a ValueError that
+loses the batch). Not here: `load_from_hf_hub` (download the repository, then `load_from_dir`), language models of one's
+own (`AbstractLanguageModel`, `kenlm.Model` objects, `score` and `score_partial_token`), `verify_alphabet_coverage`, and
+what a class-wide store of models needs (`model_container`, `cleanup`). `last_lm_state` is an integer.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from shallowfusion.compat.decoder_folder import (
     write_decoder_folder,
     write_model_folder,
 )
-from shallowfusion.compat.logits import log_probs_of, padded
+from shallowfusion.compat.logits import batch_of
 from shallowfusion.config import require
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
@@ -218,9 +223,12 @@ class BeamSearchDecoderCTC:
         hotwords: Iterable[str] | None = None,
         hotword_weight: float = 10.0,
     ) -> list[str]:
-        """`decode` of each; `pool` may be None, threads do the work."""
+        """`decode` of each; `pool` may be None, threads do the work.
+
+        One whose logits are no numbers has the text "" and is logged; the others are as without it.
+        """
         options = self._options(beam_width, beam_prune_logp, token_min_logp, True, hotwords, hotword_weight)
-        return [result.best.text for result in self._results(logits_list, options, None, 1)]
+        return ["" if _is_lost(result) else result.best.text for result in self._results(logits_list, options, None, 1)]
 
     def decode_beams(
         self,
@@ -247,11 +255,13 @@ class BeamSearchDecoderCTC:
 
         Raises:
             InvalidArgumentError: bad arguments, or logits of another shape.
-            AcousticScoresError: logits that are no numbers, or no frames.
+            AcousticScoresError: logits that are no numbers.
         """
         options = self._options(beam_width, beam_prune_logp, token_min_logp, prune_history, hotwords, hotword_weight)
         (result,) = self._results([logits], options, lm_start_state, beam_width)
-        return [self._beam(hypothesis) for hypothesis in _found(result)]
+        if result.error is not None:
+            raise result.error
+        return [self._beam(hypothesis) for hypothesis in result.hypotheses]
 
     def decode_beams_batch(
         self,
@@ -264,10 +274,14 @@ class BeamSearchDecoderCTC:
         hotwords: Iterable[str] | None = None,
         hotword_weight: float = 10.0,
     ) -> list[list[OutputBeamMPSafe]]:
-        """`decode_beams` of each, without states; `pool` may be None, threads do the work."""
+        """`decode_beams` of each, without states; `pool` may be None, threads do the work.
+
+        One whose logits are no numbers has one beam, with the text "" and scores of -inf, and is logged.
+        """
         options = self._options(beam_width, beam_prune_logp, token_min_logp, prune_history, hotwords, hotword_weight)
         results = self._results(logits_list, options, None, beam_width)
-        beams = [[self._beam(hypothesis) for hypothesis in _found(result)] for result in results]
+        lost = [OutputBeam("", None, [], -math.inf, -math.inf)]
+        beams = [lost if _is_lost(result) else [self._beam(h) for h in result.hypotheses] for result in results]
         return [[OutputBeamMPSafe(beam.text, *beam[2:]) for beam in own] for own in beams]
 
     def save_to_dir(self, filepath: str | Path) -> None:
@@ -331,14 +345,10 @@ class BeamSearchDecoderCTC:
         self, logits_list: Sequence[Any], options: CtcOptions, lm_start_state: int | None, n_best: int
     ) -> list[CtcResult]:
         search = self._search(options)
-        scores = [log_probs_of(logits, len(self._alphabet.labels)) for logits in logits_list]
-        if not scores:
-            return []
-        lengths = [len(own) for own in scores]
-        batch = scores[0][None] if len(scores) == 1 else padded(scores, max(lengths))
+        batch, lengths = batch_of(logits_list, len(self._alphabet.labels), self._base.alphabet.blank)
         model = self._language_model
         has_start = model is not None and lm_start_state is not None
-        state = search.begin(len(scores), [int(lm_start_state or 0)] * len(scores) if has_start else None)
+        state = search.begin(len(batch), [int(lm_start_state or 0)] * len(batch) if has_start else None)
         search.step(state, batch, lengths)
         return search.end(state, n_best)
 
@@ -381,7 +391,8 @@ def _read_table(path: str | Path) -> NgramTable:
     return NgramTable.from_arpa(path)
 
 
-def _found(result: CtcResult) -> tuple[CtcHypothesis, ...]:
+def _is_lost(result: CtcResult) -> bool:
+    """Whether an utterance of a batch failed; logs why."""
     if result.error is not None:
-        raise result.error
-    return result.hypotheses
+        logger.error("%s", result.error)
+    return result.error is not None

@@ -219,6 +219,41 @@ def test_batches_equal_single_calls() -> None:
     assert decoder.decode_batch(None, []) == []
 
 
+@pytest.mark.parametrize("with_lm", [False, True])
+@pytest.mark.parametrize("boundary", [False, True])
+def test_no_frames_say_and_score_what_they_do_in_pyctcdecode(theirs: Any, with_lm: bool, boundary: bool) -> None:
+    path = str(shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")) if with_lm else None
+    own, other = (
+        module.build_ctcdecoder(BUNNY_LABELS, path, alpha=0.6, beta=1.0, lm_score_boundary=boundary)
+        for module in (ours, theirs)
+    )
+    nothing = np.zeros((0, len(BUNNY_LABELS)))
+    assert own.decode(nothing) == other.decode(nothing) == ""
+    for settings in ({}, {"hotwords": ["bugs"], "token_min_logp": -100.0}):
+        assert_same_beams(own.decode_beams(nothing, **settings), other.decode_beams(nothing, **settings))
+        assert_same_frames(own.decode_beams(nothing, **settings), other.decode_beams(nothing, **settings))
+
+
+def test_an_utterance_without_numbers_or_frames_leaves_the_others_of_the_batch_alone(caplog) -> None:
+    decoder = ours.build_ctcdecoder(BUNNY_LABELS)
+    good = [random_logits(seed, 20, len(BUNNY_LABELS)) for seed in range(2)]
+    broken = random_logits(3, 20, len(BUNNY_LABELS))
+    broken[7, 2] = math.nan
+    given = [good[0], broken, np.zeros((0, len(BUNNY_LABELS))), good[1]]
+    assert decoder.decode_batch(None, given) == [decoder.decode(good[0]), "", "", decoder.decode(good[1])]
+    assert caplog.text.count("utterance 1 was not decoded") == 1
+    assert "NaN" in caplog.text
+    beams = decoder.decode_beams_batch(None, given)
+    assert [[tuple(beam) for beam in own] for own in beams[1:3]] == [
+        [("", [], -math.inf, -math.inf)],
+        [("", [], 0.0, 0.0)],
+    ]
+    for own, logits in ((beams[0], good[0]), (beams[3], good[1])):
+        assert [beam.lm_score for beam in own] == [beam.lm_score for beam in decoder.decode_beams(logits)]
+    with pytest.raises(InvalidArgumentError, match="logits"):  # not a bad recording: a wrong call
+        decoder.decode_batch(None, [good[0], good[1][:, :5]])
+
+
 def test_hotwords_pull_their_words() -> None:
     decoder = ours.build_ctcdecoder(BUNNY_LABELS)
     assert decoder.decode(bunny_logits()) == "bunny bunny"
@@ -324,8 +359,6 @@ def test_bad_input_is_refused() -> None:
             decoder.decode(bad)
     with pytest.raises(AcousticScoresError, match="NaN"):
         decoder.decode(np.full((4, 8), math.nan))
-    with pytest.raises(AcousticScoresError, match="no frames"):
-        decoder.decode(np.zeros((0, 8)))
     for settings in ({"beam_width": 0}, {"beam_prune_logp": 1.0}, {"hotword_weight": math.nan}):
         with pytest.raises(InvalidArgumentError):
             decoder.decode(np.zeros((4, 8)), **settings)
