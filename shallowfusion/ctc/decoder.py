@@ -190,8 +190,9 @@ class CTCDecoder:
             layout: the axes of an array, by their letters U(tterances), F(rames) and L(abels): "FUL" is time first.
             options: or option names as keywords.
             n_best: hypotheses per utterance.
-            rule: of fusion.delayed, for the `llm`; its interval counts frames. An utterance of which the `llm` says
-                NaN keeps the scores it had and has the flag "nan".
+            rule: of fusion.delayed, for the `llm`; its interval counts frames, and its `proxy_weight` takes the place
+                of `lm_weight` (with `proxy_form="replace"` parts["lm"] is told, and in no total). An utterance of
+                which the `llm` says NaN keeps the scores it had and has the flag "nan".
 
         Returns:
             One result per utterance, in order; one that failed has `error` set, which its `text` raises. The scores of
@@ -201,6 +202,8 @@ class CTCDecoder:
         Raises:
             InvalidArgumentError: bad options, or scores of another shape or layout.
         """
+        if rule is not None and len(rule.lm_weights) > 1:
+            names["lm_weight"] = rule.lm_weights[1]
         search: Any = self.search(options, **names)
         log_probs, lengths = batch_of(log_probs, lengths, len(self.alphabet.labels), layout)
         if rule is not None:
@@ -223,7 +226,7 @@ class CTCDecoder:
                 made[place] = dataclasses.replace(made[place], n_best=flagged)
         for transcription in made:
             if transcription.error is not None:
-                logger.error("%s was not decoded: %s", transcription.source, transcription.error)
+                logger.error("%s", transcription.error)
         return made
 
     def _sayable(self) -> str:
