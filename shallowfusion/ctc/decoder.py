@@ -208,6 +208,7 @@ class CTCDecoder:
         log_probs, lengths = batch_of(log_probs, lengths, len(self.alphabet.labels), layout)
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
+            search = self._chooser.choose(search, log_probs, is_late=True)
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
             search.spelling.check(self._sayable())
         else:

@@ -130,7 +130,11 @@ def test_the_backend_is_chosen_by_the_scores_and_the_settings(caplog: pytest.Log
     with caplog.at_level("INFO"):
         wordy = decoder.search(beam_size=12, word_bonus=1.0)
         assert chooser.choose(wordy, there) is wordy
+        assert chooser.choose(native, there, is_late=True) is native
     assert "length_bonus" in caplog.text
+    assert "asked late" in caplog.text
+    with pytest.raises(InvalidArgumentError, match="asked late"):
+        chooser.choose(decoder.search(backend="device"), batch, is_late=True)
     with pytest.raises(InvalidArgumentError, match="length_bonus"):
         decoder.decode(batch, word_bonus=1.0, backend="device")
     with pytest.raises(InvalidArgumentError, match="backend"):
