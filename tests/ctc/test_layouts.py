@@ -91,3 +91,20 @@ def test_what_may_mean_two_things_is_refused_with_the_cure() -> None:
 def test_bad_layouts_are_refused(given: Any, lengths: Any, layout: str | None, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         DECODER.decode(given, lengths, layout=layout)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_stay_there_whatever_their_layout() -> None:
+    several = [torch.from_numpy(random_log_probs(seed, (frames, 4))).cuda() for seed, frames in enumerate((7, 1, 12))]
+    batch, lengths = batch_of(several, None, 4)
+    assert batch.device == several[0].device
+    assert lengths.tolist() == [7, 1, 12]
+    decoder = CTCDecoder(("_", "x", "a", "b"), 0, threads=1)
+    wanted = texts(decoder.decode([own.cpu() for own in several], n_best=3, beam_size=20))
+    for given, layout in ((several, None), ([own.T for own in several], "LF")):
+        found = texts(decoder.decode(given, n_best=3, beam_size=20, layout=layout, backend="device"))
+        for one, two in zip(found, wanted, strict=True):
+            assert [text for text, _ in one] == [text for text, _ in two]
+            assert [total for _, total in one] == pytest.approx([total for _, total in two], abs=1e-5)
+    timed = torch.stack([several[2], several[2]], dim=1)
+    assert batch_of(timed, None, 4, "FUL")[0].device == timed.device

@@ -175,16 +175,14 @@ def test_the_command_line_gives_a_ctc_model_both_language_models_and_its_own_opt
     command = [
         "transcribe", str(clip(2)), "--asr", model, "--device", "cpu", "--lm", MEDICAL, "--lm", arpa,
         "--rule", "delayed(0.4, interval=20, proxy_weight=0.3)", "--beam-size", "6", "--n-best", "2",
-        "--word-bonus", "0.5", "--beam-margin", "40",
-        "--blank-skip", "0.99", "--backend", "native", "--json",
+        "--word-bonus", "0.5", "--beam-margin", "40", "--blank-skip", "0.99", "--backend", "native", "--json",
     ]  # fmt: skip
     assert main(command) == 0
     record = json.loads(capsys.readouterr().out)
     decoder = CTCDecoder.from_pretrained(model, arpa, device="cpu", llm=MEDICAL)
     (wanted,) = decoder.transcribe(
         clip(2), n_best=2, rule=fusion.delayed(0.4, interval=20, proxy_weight=0.3), beam_size=6, word_bonus=0.5,
-        beam_margin=40.0,
-        blank_skip=0.99, backend="native",
+        beam_margin=40.0, blank_skip=0.99, backend="native",
     )  # fmt: skip
     assert [found["text"] for found in record["n_best"]] == [found.text for found in wanted.n_best]
     assert record["n_best"][0]["total"] == pytest.approx(wanted.best.total)
