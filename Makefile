@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BASE_PYTHON ?= python3
 OLDEST := $(VENV)/transformers-5.17
 
-.PHONY: help env demo test bench lint types check oldest fuzz sanitize clean
+.PHONY: help env demo test bench lint types check oldest fuzz sanitize soak clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -42,26 +42,65 @@ oldest: env
 check: test
 
 SANITIZED := build/sanitized
+THREADED := build/threaded
+HEADERS := $(wildcard csrc/*.h)
+CORE := $(basename $(notdir $(filter-out csrc/bind_%.cc csrc/module.cc,$(wildcard csrc/*.cc))))
+BINDINGS := $(basename $(notdir $(wildcard csrc/bind_*.cc) csrc/module.cc))
+FUZZERS := $(basename $(notdir $(wildcard tests/native/fuzz*.cc)))
+JOBS := $(shell nproc)
 NATIVE_TESTS := tests/search/test_beam_state.py tests/search/test_beam_state_border.py \
-	tests/search/test_beam_state_properties.py tests/scorers/test_page_pool.py tests/fusion/test_native_binding.py \
-	tests/fusion/test_native_step.py tests/ctc/test_search_border.py tests/ctc/test_search_fuzz.py tests/ctc/test_prefix_scores.py \
-	tests/ctc/test_lexicon.py tests/ngrams/test_table.py tests/ngrams/test_arpa.py tests/phrases/test_automaton.py \
-	tests/scorers/test_token_ranges.py
+	tests/search/test_beam_state_properties.py tests/search/test_beam_mirror.py tests/scorers/test_page_pool.py \
+	tests/fusion/test_native_binding.py tests/fusion/test_native_step.py tests/ctc/test_search_border.py \
+	tests/ctc/test_search_fuzz.py tests/ctc/test_prefix_scores.py tests/ctc/test_lexicon.py tests/ngrams/test_table.py \
+	tests/ngrams/test_arpa.py tests/phrases/test_automaton.py tests/scorers/test_token_ranges.py \
+	tests/scorers/test_row_rounding.py tests/test_native_threads.py
 
-SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer -g
+COMPILE = $(CXX) -std=c++17 -g1 -fPIC -fno-omit-frame-pointer -fvisibility=hidden -ffp-contract=off -pthread \
+	-D_GLIBCXX_ASSERTIONS -Icsrc -Itests/native
+CHECKED := -fsanitize=address,undefined,float-cast-overflow
+# At more checks or optimisation the templates of pybind11 take several times as long to compile.
+LIGHTLY := $(CHECKED) -fno-sanitize=null,alignment,vptr,object-size,nonnull-attribute,returns-nonnull-attribute
+UNDEFINED := UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
-fuzz:  ## random calls of the C++ page pool and beam state under address and undefined-behaviour sanitizers
-	mkdir -p build
-	$(CXX) -std=c++17 -O1 $(SANITIZE) -Icsrc tests/native/fuzz.cc csrc/page_pool.cc csrc/beam_state.cc csrc/node_arena.cc \
-		-o build/fuzz
-	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/fuzz
+$(addprefix $(SANITIZED)/,$(addsuffix .o,$(CORE))): $(SANITIZED)/%.o: csrc/%.cc $(HEADERS)
+	$(COMPILE) -O1 $(CHECKED) -c $< -o $@
 
-sanitize: env fuzz  ## the same for all of the C++ core, by the tests of its bindings; takes long to build
-	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
-		$(PYTHON) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
+$(addprefix $(SANITIZED)/,$(addsuffix .o,$(FUZZERS))): $(SANITIZED)/%.o: tests/native/%.cc tests/native/fuzz.h $(HEADERS)
+	$(COMPILE) -O1 $(CHECKED) -c $< -o $@
+
+$(addprefix $(SANITIZED)/,$(addsuffix .o,$(BINDINGS))): $(SANITIZED)/%.o: csrc/%.cc $(HEADERS)
+	$(COMPILE) -O0 $(LIGHTLY) $$($(PYTHON) -m pybind11 --includes) -c $< -o $@
+
+$(addprefix $(THREADED)/,$(addsuffix .o,$(CORE))): $(THREADED)/%.o: csrc/%.cc $(HEADERS)
+	$(COMPILE) -O1 -fsanitize=thread -c $< -o $@
+
+$(THREADED)/threads.o: tests/native/threads.cc $(HEADERS)
+	$(COMPILE) -O1 -fsanitize=thread -c $< -o $@
+
+$(SANITIZED)/fuzz: $(addprefix $(SANITIZED)/,$(addsuffix .o,$(CORE) $(FUZZERS)))
+	$(CXX) $(CHECKED) -pthread $^ -o $@
+
+$(THREADED)/threads: $(addprefix $(THREADED)/,$(addsuffix .o,$(CORE) threads))
+	$(CXX) -fsanitize=thread -pthread $^ -o $@
+
+$(SANITIZED)/_native.so: $(addprefix $(SANITIZED)/,$(addsuffix .o,$(CORE) $(BINDINGS)))
+	$(CXX) -shared $(CHECKED) -pthread $^ -o $@
+
+fuzz:  ## random calls of the C++ core under address, undefined-behaviour and thread sanitizers
+	mkdir -p $(SANITIZED) $(THREADED)
+	$(MAKE) --no-print-directory -s -j$(JOBS) $(SANITIZED)/fuzz $(THREADED)/threads
+	$(UNDEFINED) $(SANITIZED)/fuzz
+	TSAN_OPTIONS=halt_on_error=1 $(THREADED)/threads
+
+sanitize: env fuzz  ## the same, then the tests of the bindings on a core with the sanitizers
+	$(MAKE) --no-print-directory -s -j$(JOBS) $(SANITIZED)/_native.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(PYTHON) -m tests.sanitized $(SANITIZED)/shallowfusion/_native*.so -x $(NATIVE_TESTS)
+		ASAN_OPTIONS=detect_leaks=0 $(UNDEFINED) OMP_NUM_THREADS=1 \
+		$(PYTHON) -m tests.sanitized $(SANITIZED)/_native.so -x $(NATIVE_TESTS)
+
+soak: env  ## sessions for some minutes: random searches, then threads that submit, cancel and close at once
+	$(PYTHON) -m tests.session.soak 2000
+	$(PYTHON) -m tests.session.thread_soak 60
 
 bench: env  ## measure on this machine and append to bench/results
 	$(PYTHON) -m bench.run --device cpu

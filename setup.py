@@ -1,15 +1,11 @@
 """Builds the C++ core. No torch is linked and no -march is set: SIMD levels are chosen by cpuid at run time."""
 
 import glob
-import os
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 ParallelCompile().install()
-
-# Sanitizers slow the compiler down several times at -O3; see `make sanitize`.
-OPTIMISED = "-O1" if "-fsanitize" in os.environ.get("CFLAGS", "") else "-O3"
 
 packages = [
     *(name for name in find_packages(include=["shallowfusion", "shallowfusion.*"]) if ".kernels" not in name),
@@ -30,7 +26,7 @@ setup(
             include_dirs=["csrc"],
             depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=[OPTIMISED, "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"],
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread", "-ldl"],
         )
     ],

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ def language_rows(data: Emissions, beam_size: int, repeats: int, arpa: Path) -> 
 def compared(
     data: Emissions, beam_size: int, kind: str, providers: dict[str, Callable[[], object]], repeats: int
 ) -> list[Measurement]:
-    seconds = take_turns(providers, repeats, warm_up=1)
+    seconds = take_turns(providers, repeats, warm_up=1, clock=time.process_time)
     shape = (
         f"{data.name} utterances={len(data.utterances)} frames={data.num_frames} labels={len(data.labels)} "
         f"beam={beam_size} {kind} threads=1"

@@ -16,6 +16,7 @@ from bench.timing import Measurement, measurements, take_turns
 __all__ = ["run"]
 
 SLOTS = 8
+EVEN = "session, even lengths"
 
 
 @dataclass
@@ -117,22 +118,33 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     yield list(_beams(mixed, shape, device))
     alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
     yield list(_cohorts(alike, shape, device))
+    yield list(shipped_overlap(device, quick))
+    whole = make_pair(SHAPES[shape], device, encoder_layers=SHAPES[shape].layers)
+    few = Work(whole.fused, states[: count // 2], lengths[: count // 2], [5] * (count // 2))
+    yield list(_shape_overlap(few, shape, device))
 
 
 def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
     count = len(work.states)
+    mean = sum(work.lengths) // count
+    even = Work(work.decoder, work.states, [mean] * count, work.beams)
+    through_session(even, "even")
     providers = {
         "session": lambda: through_session(work, "session"),
         "static batches": lambda: static_batches(work, "static batches"),
         "one by one": lambda: static_batches(work, "one by one", width=1),
     }
     _check(providers)
-    seconds = take_turns(providers, repeats=1 if count > 12 else 2, warm_up=0, device=device)
+    timed: dict[str, Callable[[], object]] = {**providers, EVEN: lambda: through_session(even, "even")}
+    seconds = take_turns(timed, repeats=1 if count > 12 else 2, warm_up=0, device=device)
     batches = [work.lengths[i : i + SLOTS] for i in range(0, count, SLOTS)]
     kept = sum(work.lengths) / sum(max(batch) * len(batch) for batch in batches)
     notes = {"static batches": f"efficiency {_efficiency(work, 'static batches')}, {kept:.2f} if nobody left early"}
     for name in ("session", "one by one"):
         notes[name] = f"efficiency {_efficiency(work, name)}"
+    rates = [sum(own.lengths) / float(np.median(seconds[key])) for own, key in ((work, "session"), (even, EVEN))]
+    notes["session"] += f", {rates[0] / rates[1]:.2f} of the tokens per second of even lengths"
+    notes[EVEN] = f"efficiency {_efficiency(even, 'even')}"
     for name in notes:
         notes[name] += f", {count / float(np.median(seconds[name])):.3g} utterances/s"
     where = f"{shape} utterances={count} places={SLOTS} beams=5 tokens={min(work.lengths)}-{max(work.lengths)}"
@@ -179,6 +191,56 @@ def _cohorts(work: Work, shape: str, device: str) -> Iterator[Measurement]:
     notes = {name: f"fusion {work.counts[name]['fusion_ms']} ms of it" for name in providers}
     where = f"{shape} utterances={len(work.states)} beams=5 tokens={work.lengths[0]}"
     yield from measurements("session", where, "float32", seconds, "entered together", note=notes)
+
+
+def shipped_overlap(device: str, quick: bool) -> Iterator[Measurement]:
+    """The clips and models of the package."""
+    from shallowfusion import DecodingOptions, FusionDecoder
+    from shallowfusion.demo.shipped import HERE, model_directory
+
+    decoder = FusionDecoder.from_pretrained(model_directory("asr"), lm=model_directory("lm_medical"), device=device)
+    clips = sorted((HERE / "clips").glob("*.flac"))[: 4 if quick else None]
+    asked = [DecodingOptions(beam_size=5, lm_weight=0.8)] * len(clips)
+    yield from _overlap(decoder, clips, asked, "shipped models", device)
+
+
+def _shape_overlap(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    draw = torch.Generator().manual_seed(7)
+    window = work.decoder.acoustic.features.chunk_samples  # type: ignore[attr-defined]
+    sounds = [0.1 * torch.randn(max(400, round(window * own / 72)), generator=draw) for own in work.lengths]
+    yield from _overlap(work.decoder, sounds, [work.options(i) for i in range(len(sounds))], shape, device)
+
+
+def _overlap(
+    decoder: object, sounds: Sequence[object], asked: Sequence[object], shape: str, device: str
+) -> Iterator[Measurement]:
+    """Recordings read and encoded between the steps of the search, or ahead of it in a thread of their own.
+
+    The second can only be faster where a core, or a share of the device, is idle; processor seconds say what it costs.
+    """
+    spent: dict[str, list[float]] = {}
+
+    def through(name: str, ahead: bool) -> list[tuple[int, ...]]:
+        start = time.process_time()
+        with decoder.session(max_utterances=SLOTS, overlap_encoder=ahead) as session:  # type: ignore[attr-defined]
+            done = [session.submit(sound, own) for sound, own in zip(sounds, asked, strict=True)]
+            found = [future.result().best.token_ids for future in done]
+        spent.setdefault(name, []).append(time.process_time() - start)
+        return found
+
+    providers = {
+        name: lambda n=name, a=ahead: through(n, a)
+        for name, ahead in {"encoded between steps": False, "encoded ahead": True}.items()
+    }
+    _check(providers)
+    seconds = take_turns(providers, repeats=2 if len(sounds) < 8 else 5, warm_up=0, device=device)
+    notes = {
+        name: f"{len(sounds) / float(np.median(own)):.3g} recordings/s, "
+        f"{float(np.median(spent[name][1:])):.3g} processor s"
+        for name, own in seconds.items()
+    }
+    where = f"{shape} recordings={len(sounds)} places={SLOTS} encoder_batch=4 beams=5"
+    yield from measurements("session", where, "float32", seconds, "encoded between steps", note=notes)
 
 
 def _check(providers: dict[str, Callable[[], list[tuple[int, ...]]]]) -> None:

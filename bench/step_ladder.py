@@ -7,6 +7,8 @@ that of a whole search from the encoder output divided by its tokens, prompts in
     reorder copies K/V       beams are query positions, cross keys and values once per utterance; after every step
                              as many bytes of self-attention keys and values are gathered as transformers gathers
     no reorder               the host-driven search
+    prepared                 the same with models as `from_pretrained` makes them ready (CPU)
+    prepared, int8           the same with int8 weights (CPU)
     device-driven            the device decides; on the CPU the same step through the readable twins, for the record
     captured                 one CUDA graph per step, the models one after the other
     two branches             the same with the models side by side
@@ -33,6 +35,7 @@ LARGE = {
 }
 Tokens = list[tuple[int, ...]]
 GENERATE = "generate, cached LM"
+INT8 = "prepared, int8"
 
 
 class CopyingScorer:
@@ -84,8 +87,10 @@ def ladder(
         model.to(dtype)
     states = encoder_output(shape, utterances).to(device, dtype)
     rungs = rungs_of(pair, states, beams, tokens, device)
+    if device == "cpu":
+        rungs |= prepared_rungs(shape, states, beams, tokens)
     found = {key: rung() for key, rung in rungs.items()}
-    ours = {str(value) for key, value in found.items() if key != GENERATE}
+    ours = {str(value) for key, value in found.items() if key not in (GENERATE, INT8)}
     if dtype == torch.float32 and len(ours) != 1:
         raise AssertionError(f"hypotheses of the rungs differ at {name}: no speed is reported")
     seconds = take_turns(rungs, repeats=3 if device == "cpu" else 5, warm_up=0 if device == "cpu" else 1, device=device)
@@ -98,6 +103,26 @@ def ladder(
     return measurements("step", described, kind, per_step, "no reorder", gigabytes_per_second=rates, note=notes)
 
 
+def prepared_rungs(shape: Shape, states: Tensor, beams: int, tokens: int) -> dict[str, Callable[[], Tokens]]:
+    """Host-driven searches over prepared copies of the models."""
+    rungs: dict[str, Callable[[], Tokens]] = {}
+    for name, dtype in (("prepared", torch.float32), (INT8, torch.int8)):
+        pair = make_pair(shape, dtype=dtype)
+        heard = states.to(pair.own_whisper.dtype)  # type: ignore[arg-type]
+        own = pair.fused.sources(heard, _options(beams, tokens))  # type: ignore[attr-defined]
+        rungs[name] = lambda own=own: searched(own)  # type: ignore[misc]
+    return rungs
+
+
+def _options(beams: int, tokens: int) -> Any:
+    from shallowfusion import DecodingOptions
+
+    return DecodingOptions(
+        beam_size=beams, min_new_tokens=tokens, max_new_tokens=tokens, lm_weight=WEIGHT, end_policy="asr_only",
+        end_threshold=None, suppress_blank=False, suppress_tokens=None,
+    )  # fmt: skip
+
+
 def note_of(rung: str, device: str) -> str:
     if rung == GENERATE:
         return "per step; its own hypotheses, since its LM reads special tokens as end tokens"
@@ -107,14 +132,9 @@ def note_of(rung: str, device: str) -> str:
 
 
 def rungs_of(pair: Pair, states: Tensor, beams: int, tokens: int, device: str) -> dict[str, Callable[[], Tokens]]:
-    from shallowfusion import DecodingOptions
     from shallowfusion.search.device_loop import DevicePrograms
 
-    options = DecodingOptions(
-        beam_size=beams, min_new_tokens=tokens, max_new_tokens=tokens, lm_weight=WEIGHT, end_policy="asr_only",
-        end_threshold=None, suppress_blank=False, suppress_tokens=None,
-    )  # fmt: skip
-    own = pair.fused.sources(states, options)  # type: ignore[attr-defined]
+    own = pair.fused.sources(states, _options(beams, tokens))  # type: ignore[attr-defined]
     rungs: dict[str, Callable[[], Tokens]] = {
         GENERATE: lambda: generate(pair, states, beams, tokens, "cached"),
         "reorder copies K/V": lambda: searched(own, copies=True),

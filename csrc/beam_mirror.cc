@@ -85,7 +85,7 @@ void BeamMirror::replay(const int32_t* entry, int64_t num_records, int64_t num_w
   new_parents_.resize(lanes);
   new_totals_.resize(lanes);
   done_.resize(active_.size());
-  const StepInput input{static_cast<int64_t>(active_.size()), num_candidates_, active_.data(), totals_.data(),
+  const BeamInput input{static_cast<int64_t>(active_.size()), num_candidates_, active_.data(), totals_.data(),
                         parents_.data(), tokens_.data(), parts_.data()};
   static_assert(sizeof(bool) == sizeof(uint8_t));
   beams_.advance(input, {new_tokens_.data(), new_parents_.data(), new_totals_.data(),
@@ -111,6 +111,7 @@ void BeamMirror::gather(const int32_t* record, int64_t utterance) {
   std::memcpy(totals_.data() + first, body, num_candidates_ * sizeof(float));
   parents_.insert(parents_.end(), body + num_candidates_, body + 2 * num_candidates_);
   tokens_.insert(tokens_.end(), body + 2 * num_candidates_, body + 3 * num_candidates_);
+  if (num_parts_ == 0) return;
   const auto first_part = parts_.size();
   parts_.resize(first_part + num_candidates_ * num_parts_);
   std::memcpy(parts_.data() + first_part, body + 3 * num_candidates_, num_candidates_ * num_parts_ * sizeof(float));

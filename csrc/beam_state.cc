@@ -57,7 +57,7 @@ BeamState::Search& BeamState::search_at(int64_t utterance) {
   return const_cast<Search&>(std::as_const(*this).search_at(utterance));
 }
 
-void BeamState::advance(const StepInput& input, const StepOutput& output) {
+void BeamState::advance(const BeamInput& input, const BeamOutput& output) {
   ++num_steps_;
   candidates_.clear();
   offsets_.assign(1, 0);
@@ -92,7 +92,7 @@ void BeamState::advance(const StepInput& input, const StepOutput& output) {
 }
 
 // Appends the possible candidates of one utterance to `candidates_`.
-void BeamState::gather(const StepInput& input, int64_t row, const Search& search) {
+void BeamState::gather(const BeamInput& input, int64_t row, const Search& search) {
   const size_t first = candidates_.size();
   const auto live = static_cast<int64_t>(search.live.size());
   for (int64_t column = 0; column < input.num_candidates; ++column) {

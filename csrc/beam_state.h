@@ -26,7 +26,7 @@ struct BeamRules {
 };
 
 // Candidates of one step, best first; the caller owns the memory.
-struct StepInput {
+struct BeamInput {
   int64_t num_active;
   int64_t num_candidates;
   const int64_t* utterances;  // [active]
@@ -37,7 +37,7 @@ struct StepInput {
 };
 
 // Lanes after one step, best first; the caller owns the memory.
-struct StepOutput {
+struct BeamOutput {
   int64_t* tokens;   // [active, beam_size]
   int64_t* parents;  // [active, beam_size]
   float* totals;     // [active, beam_size]
@@ -59,7 +59,7 @@ class BeamState {
  public:
   BeamState(BeamRules rules, int64_t num_utterances, int64_t num_parts);
 
-  void advance(const StepInput& input, const StepOutput& output);
+  void advance(const BeamInput& input, const BeamOutput& output);
   void force_finish(int64_t utterance);
   std::vector<FinishedHypothesis> results(int64_t utterance, int64_t n_best) const;
   void release(int64_t utterance);
@@ -99,7 +99,7 @@ class BeamState {
   const Search& search_at(int64_t utterance) const;
   Search& search_at(int64_t utterance);
 
-  void gather(const StepInput& input, int64_t row, const Search& search);
+  void gather(const BeamInput& input, int64_t row, const Search& search);
   void recombine(size_t first);
   void advance_search(Search& search, const Candidate* candidates, int64_t count);
 

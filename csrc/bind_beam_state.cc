@@ -63,9 +63,9 @@ py::tuple advance(SharedBeamState& shared, const Array<int64_t>& utterances, con
   py::array_t<int64_t> new_parents({active, beam_size});
   py::array_t<float> new_totals({active, beam_size});
   py::array_t<bool> done({active});
-  const StepInput input{active,          candidates,     utterances.data(), totals.data(),
+  const BeamInput input{active,          candidates,     utterances.data(), totals.data(),
                         parents.data(), tokens.data(), parts.data()};
-  const StepOutput output{new_tokens.mutable_data(), new_parents.mutable_data(), new_totals.mutable_data(),
+  const BeamOutput output{new_tokens.mutable_data(), new_parents.mutable_data(), new_totals.mutable_data(),
                           done.mutable_data()};
   {
     const py::gil_scoped_release no_gil;

@@ -12,6 +12,7 @@
 
 #include "bindings.h"
 #include "ctc_search.h"
+#include "ngram_table.h"
 
 namespace py = pybind11;
 
@@ -22,7 +23,7 @@ using Int64Array = py::array_t<int64_t, py::array::c_style | py::array::forcecas
 
 // (text, begins a word, ends a word, its word in a label-level table)
 using GivenLabel = std::tuple<std::string, bool, bool, uint32_t>;
-using GivenWord = std::tuple<std::string, uint32_t, bool>;
+using GivenWord = std::tuple<std::string, uint32_t, uint32_t>;  // as LexiconWord
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
@@ -60,7 +61,7 @@ std::shared_ptr<CtcModel> make_model(const std::vector<GivenLabel>& given, const
   return std::make_shared<CtcModel>(rules, std::move(labels), language);
 }
 
-void set_table(CtcLanguage& language, std::shared_ptr<NgramTable> table, std::shared_ptr<CtcLexicon> lexicon) {
+void set_table(CtcLanguage& language, std::shared_ptr<WordTable> table, std::shared_ptr<CtcLexicon> lexicon) {
   if (lexicon != nullptr) {
     for (const LexiconWord& word : lexicon->words()) {
       require(word.language_word < table->num_words(), "the lexicon names a word that the table does not have.");
@@ -163,6 +164,7 @@ void set_extras(SharedCtcState& shared, const std::vector<std::vector<double>>& 
 }
 
 std::vector<int64_t> each(SharedCtcState& shared, int64_t (CtcUtterance::*method)() const) {
+  const py::gil_scoped_release no_gil;
   return shared.with([&](const CtcState& state) {
     std::vector<int64_t> numbers;
     for (int64_t i = 0; i < state.num_utterances(); ++i) numbers.push_back((state.utterance(i).*method)());
@@ -181,7 +183,12 @@ void bind_ctc_search(py::module_& module) {
       .def_readwrite("word_bonus", &CtcLanguage::word_bonus)
       .def_readwrite("label_bonus", &CtcLanguage::label_bonus)
       .def_readwrite("unknown_word", &CtcLanguage::unknown_word)
-      .def_readwrite("unknown_prefix", &CtcLanguage::unknown_prefix)
+      .def_property(
+          "unknown_prefixes", [](const CtcLanguage& language) { return language.unknown_prefixes; },
+          [](CtcLanguage& language, const std::vector<double>& given) {
+            require(given.size() <= 32, "unknown_prefixes must be at most 32.");
+            language.unknown_prefixes = given;
+          })
       .def_readwrite("score_end", &CtcLanguage::score_end)
       .def_readwrite("score_empty_word", &CtcLanguage::score_empty_word)
       .def_readwrite("hotword_weight", &CtcLanguage::hotword_weight)

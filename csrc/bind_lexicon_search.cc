@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -37,16 +38,38 @@ std::shared_ptr<SpellingTrie> make_trie(const std::vector<Spelling>& spellings, 
   return trie;
 }
 
-LexiconSearch make_search(int64_t num_labels, int64_t blank, int64_t silence, int64_t beam_size, int64_t top_labels,
-                          double beam_margin, double lm_weight, double lm_scale, double word_score, double unknown_score,
-                          double silence_score, bool log_add, std::shared_ptr<SpellingTrie> trie,
-                          int64_t unknown_word, std::shared_ptr<NgramTable> table,
-                          const std::vector<int64_t>& ids) {
+// Steps run without the GIL, so a lock keeps other threads out of the search meanwhile.
+class SharedLexiconSearch {
+ public:
+  SharedLexiconSearch(int64_t num_labels, LexiconSearch search) : num_labels_(num_labels), search_(std::move(search)) {}
+
+  template <typename Use>
+  auto with(Use use) {
+    const py::gil_scoped_release no_gil;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return use(search_);
+  }
+
+  int64_t num_labels() const { return num_labels_; }
+
+ private:
+  int64_t num_labels_;
+  LexiconSearch search_;
+  std::mutex mutex_;
+};
+
+std::unique_ptr<SharedLexiconSearch> make_search(int64_t num_labels, int64_t blank, int64_t silence, int64_t beam_size,
+                                                 int64_t top_labels, double beam_margin, double lm_weight,
+                                                 double lm_scale, double word_score, double unknown_score,
+                                                 double silence_score, bool log_add, std::shared_ptr<SpellingTrie> trie,
+                                                 int64_t unknown_word, std::shared_ptr<NgramTable> table,
+                                                 const std::vector<int64_t>& ids) {
   check(num_labels >= 1 && num_labels <= INT32_MAX, "there must be at least one label.");
   check(blank >= 0 && blank < num_labels && silence >= 0 && silence < num_labels, "blank and silence must be labels.");
   check(beam_size >= 1 && top_labels >= 1, "beam_size and top_labels must be at least 1.");
   const auto num_words = static_cast<int64_t>(ids.size());
   check(unknown_word >= 0 && unknown_word < num_words, "the unknown word must be a word.");
+  check(trie == nullptr || trie->num_words() <= num_words, "the lexicon names a word that the search does not have.");
   check(trie != nullptr || num_words >= num_labels, "without a lexicon every label must be a word.");
   std::vector<uint32_t> words;
   for (const int64_t id : ids) {
@@ -66,20 +89,20 @@ LexiconSearch make_search(int64_t num_labels, int64_t blank, int64_t silence, in
   rules.unknown_score = unknown_score;
   rules.silence_score = silence_score;
   rules.log_add = log_add;
-  return {rules, std::move(trie), static_cast<int32_t>(unknown_word), std::move(table), std::move(words)};
+  LexiconSearch search(rules, std::move(trie), static_cast<int32_t>(unknown_word), std::move(table), std::move(words));
+  return std::make_unique<SharedLexiconSearch>(num_labels, std::move(search));
 }
 
-void step(LexiconSearch& search, const py::array_t<float, py::array::c_style>& emissions, int64_t num_labels) {
-  check(emissions.ndim() == 2 && emissions.shape(1) == num_labels, "emissions must be [frames, labels].");
+void step(SharedLexiconSearch& shared, const py::array_t<float, py::array::c_style>& emissions) {
+  check(emissions.ndim() == 2 && emissions.shape(1) == shared.num_labels(), "emissions must be [frames, labels].");
   const float* data = emissions.data();
   const int64_t frames = emissions.shape(0);
-  const py::gil_scoped_release released;
-  search.step(data, frames);
+  shared.with([&](LexiconSearch& search) { search.step(data, frames); });
 }
 
-py::list results(const LexiconSearch& search) {
+py::list results(SharedLexiconSearch& shared) {
   py::list found;
-  for (const LexiconResult& result : search.results()) {
+  for (const LexiconResult& result : shared.with([](const LexiconSearch& search) { return search.results(); })) {
     found.append(py::make_tuple(result.score, result.labels, result.words));
   }
   return found;
@@ -90,15 +113,17 @@ py::list results(const LexiconSearch& search) {
 void bind_lexicon_search(py::module_& module) {
   py::class_<SpellingTrie, std::shared_ptr<SpellingTrie>>(module, "SpellingTrie")
       .def(py::init(&make_trie), py::kw_only(), py::arg("spellings"), py::arg("num_labels"), py::arg("num_words"));
-  py::class_<LexiconSearch>(module, "LexiconSearch")
+  py::class_<SharedLexiconSearch>(module, "LexiconSearch")
       .def(py::init(&make_search), py::kw_only(), py::arg("num_labels"), py::arg("blank"), py::arg("silence"),
            py::arg("beam_size"), py::arg("top_labels"), py::arg("beam_margin"), py::arg("lm_weight"),
            py::arg("lm_scale"), py::arg("word_score"), py::arg("unknown_score"), py::arg("silence_score"), py::arg("log_add"),
            py::arg("trie"), py::arg("unknown_word"), py::arg("table"), py::arg("ids"))
-      .def("step", &step, py::kw_only(), py::arg("emissions"), py::arg("num_labels"))
-      .def("end", &LexiconSearch::end, py::call_guard<py::gil_scoped_release>())
+      .def("step", &step, py::kw_only(), py::arg("emissions"))
+      .def("end", [](SharedLexiconSearch& shared) { shared.with([](LexiconSearch& search) { search.end(); }); })
       .def("results", &results)
-      .def_property_readonly("num_frames", &LexiconSearch::num_frames);
+      .def_property_readonly("num_frames", [](SharedLexiconSearch& shared) {
+        return shared.with([](const LexiconSearch& search) { return search.num_frames(); });
+      });
 }
 
 }  // namespace shallowfusion

@@ -117,7 +117,7 @@ py::tuple arrays(const NgramTable& table) {
 void bind_ngram_table(py::module_& module) {
   const auto states = py::arg("states");
   // Held by shared_ptr, so that a search in C++ can keep the table alive.
-  py::class_<NgramTable, std::shared_ptr<NgramTable>>(module, "NgramTable")
+  py::class_<NgramTable, WordTable, std::shared_ptr<NgramTable>>(module, "NgramTable")
       .def(py::init(&create), py::kw_only(), py::arg("num_words"), py::arg("orders"), py::arg("begin_word"),
            py::arg("end_word"), py::arg("unknown_word"))
       .def("score", &score, py::kw_only(), states, py::arg("words"))

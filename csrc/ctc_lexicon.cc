@@ -17,14 +17,15 @@ CtcLexicon::CtcLexicon(std::vector<LexiconWord> words) : words_(std::move(words)
   struct Span {
     size_t begin, end, depth;
   };
-  nodes_.push_back(Node{0, 0, -1, 0, 0});
+  nodes_.push_back(Node{0, 0, -1, 0, 0, 0});
   std::vector<Span> spans{{0, words_.size(), 0}};
   std::vector<int32_t> parents{-1};
   for (size_t index = 0; index < spans.size(); ++index) {
     auto [at, end, depth] = spans[index];
     if (at < end && words_[at].spelling.size() == depth) {
       nodes_[index].word = static_cast<int32_t>(at);
-      if (words_[at].known) nodes_[index].shortest = std::max(1, count_characters(words_[at].spelling));
+      nodes_[index].known = words_[at].known;
+      if (words_[at].known != 0) nodes_[index].shortest = std::max(1, count_characters(words_[at].spelling));
       ++at;
       if (at < end && words_[at].spelling.size() == depth) {
         throw std::invalid_argument("a lexicon must hold each word once, got '" + words_[at].spelling + "' twice.");
@@ -35,7 +36,7 @@ CtcLexicon::CtcLexicon(std::vector<LexiconWord> words) : words_(std::move(words)
       const auto byte = static_cast<uint8_t>(words_[at].spelling[depth]);
       size_t last = at;
       while (last < end && static_cast<uint8_t>(words_[last].spelling[depth]) == byte) ++last;
-      nodes_.push_back(Node{0, 0, -1, 0, byte});
+      nodes_.push_back(Node{0, 0, -1, 0, 0, byte});
       spans.push_back({at, last, depth + 1});
       parents.push_back(static_cast<int32_t>(index));
       ++nodes_[index].num_children;
@@ -45,6 +46,7 @@ CtcLexicon::CtcLexicon(std::vector<LexiconWord> words) : words_(std::move(words)
   for (size_t index = nodes_.size(); index-- > 1;) {
     const int32_t own = nodes_[index].shortest;
     int32_t& above = nodes_[parents[index]].shortest;
+    nodes_[parents[index]].known |= nodes_[index].known;
     if (own != 0 && (above == 0 || own < above)) above = own;
   }
 }

@@ -7,11 +7,12 @@
 
 namespace shallowfusion {
 
-// One entry: `language_word` is its id in the language model; unknown entries spell a word but open no prefix.
+// One entry: `language_word` is its id in the language model, `known` the sets of known words it is in, a bit each;
+// entries in none spell a word but open no prefix.
 struct LexiconWord {
   std::string spelling;
   uint32_t language_word;
-  bool known;
+  uint32_t known;
 };
 
 class CtcLexicon {
@@ -26,6 +27,8 @@ class CtcLexicon {
   const LexiconWord* word(int32_t node) const;
   // Characters of the shortest known word through a node; 0 when no known word goes through it.
   int32_t shortest(int32_t node) const { return node == kOutside ? 0 : nodes_[node].shortest; }
+  // The sets that have words through a node, a bit each.
+  uint32_t known(int32_t node) const { return node == kOutside ? 0 : nodes_[node].known; }
   const std::vector<LexiconWord>& words() const { return words_; }
 
  private:
@@ -34,6 +37,7 @@ class CtcLexicon {
     int32_t num_children;
     int32_t word;  // -1: none
     int32_t shortest;
+    uint32_t known;
     uint8_t byte;
   };
 

@@ -107,16 +107,24 @@ void CtcPrefixes::say(CtcPrefix& node, uint8_t byte) const {
   if (language_->phrases != nullptr) node.fused += language_->phrases->say(&node.phrase, byte);
 }
 
-double CtcPrefixes::phrase_worth(int32_t parent, int32_t number) const {
+PhraseSite CtcPrefixes::phrase_site(int32_t parent) const {
   const CtcPrefix& above = nodes_[parent];
-  const CtcLabel& label = (*labels_)[number];
   const bool after_end = above.label >= 0 && (*labels_)[above.label].ends_word;
-  const bool begins = label.begins_word || after_end || above.word_characters == 0;
-  uint32_t state = above.phrase;
-  double gain = 0.0;
-  if (!label.text.empty() && begins && above.text_hash != kEmptyHash) gain += language_->phrases->say(&state, ' ');
-  for (const char byte : label.text) gain += language_->phrases->say(&state, static_cast<uint8_t>(byte));
-  return gain + language_->phrases->held(state);
+  const bool is_begun = above.text_hash != kEmptyHash;
+  const bool begins = is_begun && (after_end || above.word_characters == 0);
+  return {4 * static_cast<uint64_t>(above.phrase) + 2 * is_begun + begins, above.phrase, is_begun, begins};
+}
+
+double CtcPrefixes::phrase_factor(const PhraseSite& site, int32_t number) const {
+  const CtcLabel& label = (*labels_)[number];
+  uint32_t state = site.state;
+  double worth = 0.0;
+  if (site.is_begun && (site.begins || label.begins_word) && !label.text.empty()) {
+    worth += language_->phrases->say(&state, ' ');
+  }
+  for (const char byte : label.text) worth += language_->phrases->say(&state, static_cast<uint8_t>(byte));
+  worth += language_->phrases->held(state);
+  return worth == 0.0 ? 1.0 : std::exp(worth) * (1.0 + 1e-6);
 }
 
 void CtcPrefixes::close_word(CtcPrefix& node) const {
@@ -127,7 +135,7 @@ void CtcPrefixes::close_word(CtcPrefix& node) const {
     const double log_prob = language.table->score(node.lm_state, id, &node.lm_state);
     node.lm += log_prob;
     node.fused += language.weight * log_prob;
-    if (word == nullptr || !word->known) node.fused += language.unknown_word;
+    if (word == nullptr || word->known == 0) node.fused += language.unknown_word;
   }
   if (language.hotwords != nullptr && language.hotwords->word(node.hotword) != nullptr) {
     node.fused += language.hotword_weight;
@@ -144,9 +152,15 @@ double CtcPrefixes::partial(const CtcPrefix& node) const {
   if (node.word_characters == 0) return held;
   const int32_t wanted = language.hotwords == nullptr ? 0 : language.hotwords->shortest(node.hotword);
   if (wanted != 0) return held + language.hotword_weight * node.word_characters / wanted;
-  if (language.lexicon == nullptr || language.lexicon->shortest(node.lexicon) != 0) return held;
+  if (language.lexicon == nullptr) return held;
+  const uint32_t known = language.lexicon->known(node.lexicon);
+  double unknown = 0.0;
+  for (size_t set = 0; set < language.unknown_prefixes.size(); ++set) {
+    if ((known >> set & 1) == 0) unknown += language.unknown_prefixes[set];
+  }
+  if (unknown == 0.0) return held;
   const double scale = static_cast<double>(std::max(node.word_characters, kUsualWord)) / kUsualWord;
-  return held + language.unknown_prefix * scale;
+  return held + unknown * scale;
 }
 
 CtcEnding CtcPrefixes::ending(int32_t number) const {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "ctc_lexicon.h"
-#include "ngram_table.h"
 #include "phrase_automaton.h"
+#include "word_table.h"
 
 namespace shallowfusion {
 
@@ -21,13 +21,14 @@ struct CtcLabel {
 
 // What words and labels are worth; all in nats, weights applied unless said otherwise.
 struct CtcLanguage {
-  std::shared_ptr<const NgramTable> table;  // null: no language model
+  std::shared_ptr<const WordTable> table;  // null: no language model
   bool label_level = false;               // the table's words are labels, not words
   double weight = 0.0;
   double word_bonus = 0.0;   // per closed word
   double label_bonus = 0.0;  // per label
   double unknown_word = 0.0;
-  double unknown_prefix = 0.0;  // ranks only, while a word is being spelled; scaled up beyond six characters
+  // Ranks only, while a word is being spelled that no word of a set begins with; scaled up beyond six characters.
+  std::vector<double> unknown_prefixes{0.0};
   bool score_end = true;
   bool score_empty_word = false;  // a text that ends with a delimiter closes one more, unknown word
   std::shared_ptr<const CtcLexicon> lexicon;   // null: no word-level table
@@ -56,6 +57,14 @@ struct CtcPrefix {
   uint32_t phrase = 0;      // state of the automaton after the text
 };
 
+// Where the phrases stand at a prefix, to look at many labels from there. Prefixes of equal keys stand alike.
+struct PhraseSite {
+  uint64_t key;
+  uint32_t state;
+  bool is_begun;  // a word is being spelled or done: a label that begins one says a space first
+  bool begins;    // every label begins a word
+};
+
 // What the end of the utterance adds to a prefix.
 struct CtcEnding {
   double fused;
@@ -68,7 +77,9 @@ class CtcPrefixes {
   CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, uint32_t start_state);
 
   int32_t child(int32_t parent, int32_t label);  // found or made
-  double phrase_worth(int32_t parent, int32_t label) const;  // nats to phrases, loans included, of the child
+  PhraseSite phrase_site(int32_t parent) const;
+  // What phrases, loans included, multiply the rank of the child by; a hair above it.
+  double phrase_factor(const PhraseSite& site, int32_t label) const;
   CtcEnding ending(int32_t node) const;
   uint64_t history_hash(int32_t node, int64_t words) const;
 

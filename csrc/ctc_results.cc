@@ -26,7 +26,9 @@ double log_add(double one, double other) {
 CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, CtcLanguage language_given)
     : rules(rules_given), labels(std::move(labels_given)), language(std::move(language_given)) {
   const auto gain = [](double value) { return std::max(0.0, value); };
-  const bool unbounded = language.weight < 0.0 || language.unknown_prefix > 0.0;
+  const auto raises = [](double nats) { return nats > 0.0; };
+  const bool unbounded = language.weight < 0.0 || std::any_of(language.unknown_prefixes.begin(),
+                                                              language.unknown_prefixes.end(), raises);
   const double hotword = language.hotwords == nullptr ? 0.0 : gain(language.hotword_weight);
   const double label = gain(language.label_bonus) + hotword;
   const double close = label + gain(language.word_bonus) + hotword + gain(language.unknown_word);
@@ -37,28 +39,24 @@ CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, Ctc
 }
 
 void CtcModel::bound_phrases() {
-  using Ending = PhraseAutomaton::Ending;
   const PhraseAutomaton& phrases = *language.phrases;
-  const double at_token = phrases.most_gain(Ending::kToken);
-  const double behind_letter = phrases.most_gain(Ending::kBoundaryBehindLetter);
-  const double behind_other = phrases.most_gain(Ending::kBoundaryBehindOther);
+  int64_t after_word = 0, in_word = 0;  // bytes and boundaries that one label can add
   for (const CtcLabel& label : labels) {
     if (label.text.empty()) continue;
-    const auto is_letter = [&](char byte) { return phrases.is_inside(static_cast<uint8_t>(byte)); };
-    int64_t others = 1, ends = 0;  // with a space before the text; words that end within it
-    for (size_t i = 0; i < label.text.size(); ++i) {
-      if (is_letter(label.text[i])) continue;
-      ++others;
-      if (i > 0 && is_letter(label.text[i - 1])) ++ends;
-    }
-    const auto bytes = static_cast<int64_t>(label.text.size()) + 1;
+    const auto bytes = static_cast<int64_t>(label.text.size()) + 1;  // with a space before the text
+    const int64_t others = 1 + std::count_if(label.text.begin(), label.text.end(), [&](char byte) {
+      return !phrases.is_inside(static_cast<uint8_t>(byte));
+    });
     const int64_t symbols = bytes + 2 * others;
-    symbols_after_word = std::max(symbols_after_word, symbols);
-    symbols_in_word = std::max(symbols_in_word, label.begins_word ? symbols : symbols - 3);
-    const double gain = static_cast<double>(bytes) * at_token + static_cast<double>(ends) * behind_letter +
-                        static_cast<double>(others) * behind_other;
-    phrase_gain = std::max(phrase_gain, gain);
+    after_word = std::max(after_word, symbols);
+    in_word = std::max(in_word, label.begins_word ? symbols : symbols - 3);
   }
+  std::vector<std::vector<double>> most = phrases.most_worth({in_word, after_word});
+  for (std::vector<double>& own : most) {
+    for (double& nats : own) nats = std::exp(nats) * kRounding;
+  }
+  phrase_factors_in_word = std::move(most[0]);
+  phrase_factors_after_word = std::move(most[1]);
 }
 
 // Live prefixes with their final scores, best first; equal texts are one.

@@ -15,6 +15,10 @@ namespace {
 
 constexpr float kImpossible = -std::numeric_limits<float>::infinity();
 constexpr float kLargestLogProb = 1e-3f;   // rounding of a log-softmax
+constexpr size_t kSmallAlphabet = 128;
+constexpr size_t kMostPhraseLines = 512;
+constexpr size_t kPhraseFactors = 16384;  // 128 KiB an utterance
+constexpr double kUnasked = -1.0;
 constexpr double kLargestSum = 1.05;       // of the probabilities of the first frame
 
 std::string shown(double value) {
@@ -208,15 +212,45 @@ void CtcUtterance::tighten(size_t count) {
 }
 
 // No label can multiply the rank of a child of the node by more, as phrases go.
-double CtcUtterance::most_of_phrases(int32_t node) const {
-  const PhraseAutomaton* phrases = model_->language.phrases.get();
-  if (phrases == nullptr) return 1.0;
-  const uint32_t state = prefixes_[node].phrase;
-  const double ends = std::max<double>(0.0, phrases->closing(state));
-  const bool after_word =
-      prefixes_[node].word_characters == 0 || (node != 0 && model_->labels[prefixes_[node].label].ends_word);
-  const int64_t symbols = after_word ? model_->symbols_after_word : model_->symbols_in_word;
-  return std::exp(ends + model_->phrase_gain + phrases->most_held(state, symbols)) * (1.0 + 1e-6);
+double CtcUtterance::most_of_phrases(int32_t number) {
+  if (model_->language.phrases == nullptr) return 1.0;
+  const PhraseSite site = prefixes_.phrase_site(number);
+  if (const PhraseLine* line = phrase_line(site)) return line->most;
+  return (site.begins ? model_->phrase_factors_after_word : model_->phrase_factors_in_word)[site.state];
+}
+
+// Null in alphabets too large to remember labels by state. Where most prefixes are, outside phrases, all labels are
+// looked at, which bounds them best; else a label is when it is asked for.
+CtcUtterance::PhraseLine* CtcUtterance::phrase_line(const PhraseSite& site) {
+  const size_t size = row_.size();
+  if (size > kSmallAlphabet) return nullptr;
+  if (phrase_lines_.empty()) {
+    phrase_lines_.resize(std::min(kMostPhraseLines, kPhraseFactors / size));
+    phrase_factors_.resize(phrase_lines_.size() * size);
+  }
+  const size_t number = static_cast<size_t>((site.key * 0x9e3779b97f4a7c15u) >> 32) % phrase_lines_.size();
+  PhraseLine& line = phrase_lines_[number];
+  if (line.key == site.key) return &line;
+  line = {site.key, 1.0, number * size};
+  double* factors = phrase_factors_.data() + line.first;
+  const PhraseAutomaton& phrases = *model_->language.phrases;
+  if (site.state != 0 && site.state != phrases.start_state()) {
+    std::fill(factors, factors + size, kUnasked);
+    line.most = (site.begins ? model_->phrase_factors_after_word : model_->phrase_factors_in_word)[site.state];
+    return &line;
+  }
+  for (size_t label = 0; label < size; ++label) {
+    factors[label] = prefixes_.phrase_factor(site, static_cast<int32_t>(label));
+    line.most = std::max(line.most, factors[label]);
+  }
+  return &line;
+}
+
+double CtcUtterance::phrase_factor(const PhraseSite& site, PhraseLine* line, int32_t label) {
+  if (line == nullptr) return prefixes_.phrase_factor(site, label);
+  double& factor = phrase_factors_[line->first + static_cast<size_t>(label)];
+  if (factor == kUnasked) factor = prefixes_.phrase_factor(site, label);
+  return factor;
 }
 
 // Labels that can still make a candidate, best first.
@@ -254,6 +288,9 @@ void CtcUtterance::extend_entry(size_t place) {
   const double largest_factor = std::max(model_->child_factor, model_->close_factor);
   const bool boundary = is_boundary(parent);
   const bool after_end = parent != 0 && model_->labels[prefixes_[parent].label].ends_word;
+  const bool has_phrases = model_->language.phrases != nullptr;
+  const PhraseSite site = has_phrases ? prefixes_.phrase_site(parent) : PhraseSite{};
+  PhraseLine* line = has_phrases ? phrase_line(site) : nullptr;
   for (const auto& [label_prob, label] : sorted_labels_) {
     const double reach = all * label_prob;
     if (reach == 0.0 || reach * largest_factor * of_phrases < threshold_) break;
@@ -264,9 +301,8 @@ void CtcUtterance::extend_entry(size_t place) {
     const bool closes = model_->labels[label].begins_word || after_end;
     const double factor = closes ? largest_factor : model_->child_factor;
     if (from == 0.0 || from * factor * of_phrases < threshold_) continue;
-    if (of_phrases > 1.0) {  // a look is cheaper than a child
-      const double worth = prefixes_.phrase_worth(parent, label);
-      if (from * factor * (worth == 0.0 ? 1.0 : std::exp(worth)) < threshold_) continue;
+    if (has_phrases) {  // a look is cheaper than a child
+      if (from * factor * phrase_factor(site, line, label) < threshold_) continue;
     }
     const int32_t node = prefixes_.child(parent, label);
     CtcPrefix& prefix = prefixes_[node];

@@ -61,9 +61,9 @@ struct CtcModel {
   CtcLanguage language;
   double child_factor;  // no label can multiply a rank by more, closing ones apart
   double close_factor;
-  double phrase_gain = 0.0;    // nats: what one label can be worth to phrases, loans and the word it ends apart
-  int64_t symbols_after_word = 0;  // bytes and boundaries that one label can add
-  int64_t symbols_in_word = 0;
+  // [states of the phrases]: no label can multiply a rank by more, as phrases go.
+  std::vector<double> phrase_factors_in_word;
+  std::vector<double> phrase_factors_after_word;
 
   CtcModel(CtcRules rules, std::vector<CtcLabel> labels, CtcLanguage language);
 
@@ -127,12 +127,21 @@ class CtcUtterance {
     int32_t timed;  // the entry whose word times are shown
   };
 
+  // What phrases multiply the rank of each label's child by, from one site.
+  struct PhraseLine {
+    uint64_t key = ~uint64_t{0};
+    double most = 1.0;
+    size_t first = 0;  // of its factors
+  };
+
   bool read(const char* frame, bool half, int64_t stride);
   void prune_labels(int32_t best_label);
   double prob(int32_t label);
   double combine(double one, double other) const { return model_->rules.use_max ? (one < other ? other : one) : one + other; }
   bool is_boundary(int32_t node) const;
-  double most_of_phrases(int32_t node) const;
+  double most_of_phrases(int32_t number);
+  PhraseLine* phrase_line(const PhraseSite& site);
+  double phrase_factor(const PhraseSite& site, PhraseLine* line, int32_t label);
   void stay();
   void stay_entry(const Entry& old);
   void extend();
@@ -174,6 +183,9 @@ class CtcUtterance {
   std::vector<std::pair<uint64_t, int32_t>> texts_;
   std::vector<uint64_t> seen_;
   double threshold_ = 0.0;  // no candidate below it can stay
+
+  std::vector<PhraseLine> phrase_lines_;  // of sites met lately, each of which has one place
+  std::vector<double> phrase_factors_;  // [lines, labels]
 };
 
 // A batch in progress. Not thread-safe: one call at a time.

@@ -115,6 +115,11 @@ void CtcUtterance::rescale() {
   double largest = 0.0;
   for (const Entry& entry : live_) largest = std::max({largest, entry.blank.value, entry.label.value});
   if (largest >= kRescaleBelow && largest <= 1.0 / kRescaleBelow) return;
+  if (!(largest > 0.0) || std::isinf(largest)) {  // 0: all are NaN
+    error_ = "the scores of frame " + std::to_string(frame_ - 1) +
+             " are past the range of float64; make weights, bonuses and hotword scores smaller.";
+    return;
+  }
   const int exponent = std::ilogb(largest);
   const double scale = std::scalbn(1.0, -exponent);
   for (Entry& entry : live_) {

@@ -30,6 +30,7 @@ void SpellingTrie::insert(const int32_t* labels, int64_t count, int32_t word, do
     node = child;
   }
   nodes_[node].words.push_back(word);
+  num_words_ = std::max(num_words_, int64_t{word} + 1);
   const double high = std::max(nodes_[node].best, score);
   const double low = std::min(nodes_[node].best, score);
   nodes_[node].best = high == kImpossibleScore ? high : high + std::log1p(std::exp(low - high));

@@ -43,9 +43,11 @@ class SpellingTrie {
   // Hands scores up, once all words are in.
   void smear();
   const Node& at(int32_t node) const { return nodes_[static_cast<size_t>(node)]; }
+  int64_t num_words() const { return num_words_; }  // one more than the largest
 
  private:
   std::vector<Node> nodes_;
+  int64_t num_words_ = 0;
 };
 
 // What an n-gram table says of word histories; each history is a number.

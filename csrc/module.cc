@@ -8,6 +8,7 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_beam_mirror(module);
   shallowfusion::bind_page_pool(module);
   shallowfusion::bind_arpa_reader(module);
+  shallowfusion::bind_word_table(module);
   shallowfusion::bind_ngram_table(module);
   shallowfusion::bind_ctc_search(module);
   shallowfusion::bind_ctc_prefix_scores(module);
@@ -15,5 +16,6 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_range_lse(module);
   shallowfusion::bind_row_rounding(module);
   shallowfusion::bind_frame_attention(module);
+  shallowfusion::bind_int8_product(module);
   shallowfusion::bind_lexicon_search(module);
 }

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "word_table.h"
+
 namespace shallowfusion {
 
 // The n-grams of one order as read: words [count, order], log-probs and back-offs [count].
@@ -20,7 +22,7 @@ struct NgramArrays {
 // children or a back-off.
 //
 // Immutable once built, so any number of threads may read it. 24 bytes per n-gram.
-class NgramTable {
+class NgramTable final : public WordTable {
  public:
   // orders[n - 1] holds the n-grams of n words. Throws std::invalid_argument for words out of range, unigrams that are
   // not every word once, the same n-gram twice, and log-probs or back-offs that are NaN or +inf.
@@ -28,7 +30,7 @@ class NgramTable {
              int64_t unknown_word);
 
   // Log-prob of `word` after `state`, O(order * log children); writes the state after it.
-  float score(uint32_t state, uint32_t word, uint32_t* next_state) const {
+  float score(uint32_t state, uint32_t word, uint32_t* next_state) const override {
     float back_off = 0.0F;
     for (uint32_t node = state; node != kRoot; node = suffix_[node]) {
       const uint32_t child = find_child(node, word);
@@ -43,7 +45,7 @@ class NgramTable {
   }
 
   // Log-prob of the end of the sentence.
-  float end(uint32_t state) const {
+  float end(uint32_t state) const override {
     uint32_t next_state;
     return score(state, end_word_, &next_state);
   }
@@ -55,12 +57,12 @@ class NgramTable {
   uint32_t start_state() const { return start_state_; }  // after the begin word
   uint32_t null_state() const { return kRoot; }          // after nothing
 
-  uint32_t num_words() const { return num_words_; }
-  uint32_t num_states() const { return static_cast<uint32_t>(word_.size()); }  // states are below this
+  uint32_t num_words() const override { return num_words_; }
+  uint32_t num_states() const override { return static_cast<uint32_t>(word_.size()); }  // states are below this
   int64_t order() const { return order_; }
   uint32_t begin_word() const { return begin_word_; }
   uint32_t end_word() const { return end_word_; }
-  uint32_t unknown_word() const { return unknown_word_; }
+  uint32_t unknown_word() const override { return unknown_word_; }
   int64_t num_bytes() const;
 
   // The arrays as they lie, one entry per node (first_child: and one more), for look-ups elsewhere.

@@ -36,12 +36,6 @@ PhraseAutomaton::PhraseAutomaton(const PhrasePatterns& patterns) {
   const std::vector<uint32_t> last_nodes = lay_out(patterns);
   link_suffixes();
   value(patterns, last_nodes);
-  most_held_.assign(levels_.size(), 0.0F);
-  for (size_t level = 0; level < levels_.size(); ++level) {
-    const size_t end = level + 1 < levels_.size() ? levels_[level + 1] : token_.size();
-    if (level > 0) most_held_[level] = most_held_[level - 1];
-    for (size_t node = levels_[level]; node < end; ++node) most_held_[level] = std::max(most_held_[level], held_[node]);
-  }
 }
 
 std::vector<uint32_t> PhraseAutomaton::lay_out(const PhrasePatterns& patterns) {
@@ -52,14 +46,12 @@ std::vector<uint32_t> PhraseAutomaton::lay_out(const PhrasePatterns& patterns) {
   std::iota(live.begin(), live.end(), int64_t{0});
   token_.assign(1, -1);
   parent_.assign(1, kRoot);
-  levels_.assign(1, kRoot);
   for (int64_t depth = 0; !live.empty(); ++depth) {
     const auto token = [&](int64_t i) { return patterns.tokens[patterns.offsets[i] + depth]; };
     std::sort(live.begin(), live.end(), [&](int64_t left, int64_t right) {
       return node_of[left] != node_of[right] ? node_of[left] < node_of[right] : token(left) < token(right);
     });
     const auto first_node = static_cast<uint32_t>(token_.size());
-    levels_.push_back(first_node);
     for (const int64_t i : live) {
       const bool is_new =
           token_.size() == first_node || parent_.back() != node_of[i] || token_.back() != token(i);
@@ -157,22 +149,26 @@ double PhraseAutomaton::say(uint32_t* state, int32_t token) const {
   return gain;
 }
 
-double PhraseAutomaton::most_gain(Ending ending) const {
-  double most = 0.0;
-  for (size_t node = 1; node < token_.size(); ++node) {
-    Ending own = Ending::kToken;
-    if (token_[node] == kWordBoundary) {
-      const int32_t before = token_[parent_[node]];
-      own = before >= 0 && ends_inside(before) ? Ending::kBoundaryBehindLetter : Ending::kBoundaryBehindOther;
+std::vector<std::vector<double>> PhraseAutomaton::most_worth(const std::vector<int64_t>& symbols) const {
+  // Where a token has no child it goes on from the suffix, so what the suffix can reach bounds it.
+  std::vector<double> most(held_.begin(), held_.end());
+  std::vector<double> further(most.size());
+  std::vector<std::vector<double>> found;
+  int64_t done = 0;
+  for (const int64_t wanted : symbols) {
+    for (; done < wanted; ++done) {
+      for (uint32_t node = 0; node < most.size(); ++node) {
+        double best = node == kRoot ? most[kRoot] : further[suffix_[node]];
+        for (uint32_t child = first_child_[node]; child < first_child_[node + 1]; ++child) {
+          best = std::max(best, gain_[child] + most[child]);
+        }
+        further[node] = best;
+      }
+      for (size_t node = 0; node < most.size(); ++node) most[node] = std::max<double>(held_[node], further[node]);
     }
-    if (own == ending) most = std::max<double>(most, gain_[node]);
+    found.push_back(most);
   }
-  return most;
-}
-
-double PhraseAutomaton::most_held(uint32_t state, int64_t symbols) const {
-  const int64_t depth = std::upper_bound(levels_.begin(), levels_.end(), state) - levels_.begin() - 1;
-  return most_held_[std::min<int64_t>(depth + symbols, static_cast<int64_t>(most_held_.size()) - 1)];
+  return found;
 }
 
 std::vector<int32_t> PhraseAutomaton::tokens_from(uint32_t state, bool inside,

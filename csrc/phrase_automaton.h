@@ -49,10 +49,9 @@ class PhraseAutomaton {
 
   // The same without loans: what the token gains for good, that of a word it ends included. `state` becomes the new one.
   double say(uint32_t* state, int32_t token) const;
-  // No node of a kind is worth more for good.
-  enum class Ending { kToken, kBoundaryBehindLetter, kBoundaryBehindOther };
-  double most_gain(Ending ending) const;
-  double most_held(uint32_t state, int64_t symbols) const;  // after at most so many more tokens and boundaries
+  // For each number of symbols (tokens and boundaries), in rising order, and each state: no text of at most so many is
+  // worth more from there, what it gains for good and what is held behind it together.
+  std::vector<std::vector<double>> most_worth(const std::vector<int64_t>& symbols) const;
   bool is_inside(int32_t token) const { return begins_inside(token) && ends_inside(token); }
 
   // Tokens whose bonus from a state is not that from the root, sorted; `with_first`: not nothing. The values are what
@@ -89,8 +88,6 @@ class PhraseAutomaton {
   std::vector<uint32_t> suffix_;  // the longest proper suffix that is a node
   std::vector<float> gain_;
   std::vector<float> held_;
-  std::vector<uint32_t> levels_;    // the first node of each depth
-  std::vector<float> most_held_;    // of the nodes up to each depth
 };
 
 }  // namespace shallowfusion

@@ -1,6 +1,6 @@
 """Types of the C++ extension; only the faces of native classes import it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,20 @@ def read_arpa(*, text: bytes) -> tuple[list[bytes], list[NgramArrays]] | None: .
 
 # N-gram table -------------------------------------------------------------------------------------------------------
 
-class NgramTable:
+class WordTable: ...
+
+class AskedTable(WordTable):
+    # score(state, word) -> (log-prob, state after it)
+    def __init__(
+        self,
+        *,
+        score: Callable[[int, int], tuple[float, int]],
+        end: Callable[[int], float],
+        num_words: int,
+        unknown_word: int,
+    ) -> None: ...
+
+class NgramTable(WordTable):
     def __init__(
         self,
         *,
@@ -205,6 +218,23 @@ def round_rows(*, values: int, dtype: int, rows: int, columns: int, whole: int, 
 def scale_rows(
     *, product: int, scales: int, bias: int, rows: int, columns: int, output: int, dtype: int, threads: int
 ) -> None: ...
+def has_int8_product() -> bool: ...
+def packed_int8_size(*, outputs: int, inputs: int) -> int: ...
+def pack_int8(*, weights: int, outputs: int, inputs: int, packed: int) -> None: ...
+def int8_product(
+    *,
+    values: int,
+    dtype: int,
+    packed: int,
+    scales: int,
+    bias: int,
+    output: int,
+    output_dtype: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    threads: int,
+) -> None: ...
 
 # strides of utterances, positions and heads in elements; sizes: utterances, queries, heads, key heads, frames, dim
 def frame_attention(
@@ -227,20 +257,20 @@ def frame_attention(
 # CTC search ---------------------------------------------------------------------------------------------------------
 
 class CtcLexicon:
-    # (spelling, id in the table, whether it is known)
-    def __init__(self, *, words: Sequence[tuple[str, int, bool]]) -> None: ...
+    # (spelling, id in the table, the sets of known words it is in, a bit each)
+    def __init__(self, *, words: Sequence[tuple[str, int, int]]) -> None: ...
 
 class CtcLanguage:
     weight: float
     word_bonus: float
     label_bonus: float
     unknown_word: float
-    unknown_prefix: float
+    unknown_prefixes: list[float]
     score_end: bool
     score_empty_word: bool
     hotword_weight: float
     def __init__(self) -> None: ...
-    def set_table(self, *, table: NgramTable, lexicon: CtcLexicon | None) -> None: ...
+    def set_table(self, *, table: WordTable, lexicon: CtcLexicon | None) -> None: ...
     def set_hotwords(self, *, words: CtcLexicon) -> None: ...
     def set_phrases(self, *, phrases: PhraseAutomaton) -> None: ...
 
@@ -304,7 +334,7 @@ class LexiconSearch:
         table: Any,
         ids: Sequence[int],
     ) -> None: ...
-    def step(self, *, emissions: npt.NDArray[np.float32], num_labels: int) -> None: ...
+    def step(self, *, emissions: npt.NDArray[np.float32]) -> None: ...
     def end(self) -> None: ...
     def results(self) -> list[tuple[float, list[int], list[int]]]: ...
     @property

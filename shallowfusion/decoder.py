@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from shallowfusion.search.drivers import driven_search
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import StageClock
 from shallowfusion.search.sources import Sources
+from shallowfusion.session.encoding import EncoderPass, each_ahead, overlaps, received
 from shallowfusion.session.front import DecoderSession
 from shallowfusion.session.jobs import SessionSettings
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
@@ -46,6 +48,24 @@ from shallowfusion.values import Hypothesis
 __all__ = ["FusionDecoder"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A few recordings that were read and encoded.
+
+    Args:
+        items: name and recording of each.
+        found: of each the seconds of sound, or what failed.
+        output, done: of those that were read, together, as `EncoderPass` gives them; None = none was.
+        clock: of the work so far.
+    """
+
+    items: Sequence[tuple[str, Any]]
+    found: Sequence[Transcription | float]
+    output: Tensor | None
+    done: torch.cuda.Event | None
+    clock: StageClock
 
 
 class FusionDecoder:
@@ -71,6 +91,7 @@ class FusionDecoder:
         self.acoustic = acoustic
         self.language_models = tuple(language_models)
         self.internal_context = internal_context
+        self.lm_bridge = lm_bridge
         self._programs = DevicePrograms()
         self._planner = SearchPlanner(acoustic, self.language_models, internal_context, lm_bridge)
 
@@ -132,7 +153,8 @@ class FusionDecoder:
         """A session, which takes requests while others are decoded: `with decoder.session() as session: ...`.
 
         Args:
-            settings: names of `SessionSettings`: max_utterances, memory_budget, encoder_batch, admission_seconds.
+            settings: names of `SessionSettings`: max_utterances, memory_budget, encoder_batch, admission_seconds,
+                overlap_encoder.
         """
         known = {entry.name for entry in dataclasses.fields(SessionSettings)}
         unknown = ", ".join(sorted(set(settings) - known))
@@ -148,13 +170,22 @@ class FusionDecoder:
         """Names of the parts under a rule: `source_names`, and "ilm" where it subtracts the internal LM."""
         return self._planner.names_under(rule)
 
-    def transcribe(self, recordings: Any, options: DecodingOptions | None = None, **names: Any) -> list[Transcription]:
+    def transcribe(
+        self,
+        recordings: Any,
+        options: DecodingOptions | None = None,
+        *,
+        overlap_encoder: bool | None = None,
+        **names: Any,
+    ) -> list[Transcription]:
         """Transcribe recordings of up to the model's window (30 s for Whisper).
 
         Args:
             recordings: one or a list of: path; float array or tensor [samples] or [channels, samples] at the model's
                 rate; {"array": samples, "sampling_rate": rate}.
             options: or option names as keywords.
+            overlap_encoder: read and encode the next batch, in a thread of its own, while one is searched; None = on
+                CUDA. Not under driver="device", which bears no other work while it captures.
 
         Returns:
             One result per recording, in order. A recording that fails has `error` set, which its `text` raises;
@@ -167,14 +198,13 @@ class FusionDecoder:
         options = self._options(options, names)
         items = recordings if isinstance(recordings, (list, tuple)) else [recordings]
         require(len(items) > 0, "recordings must hold at least one recording, got an empty list.")
-        results: list[Transcription | None] = [None] * len(items)
-        evidence = Evidence()
-        for start in range(0, len(items), options.batch_size):
-            batch = range(start, min(start + options.batch_size, len(items)))
-            found = self._batch([items[i] for i in batch], start, options, evidence)
-            for i, result in zip(batch, found, strict=True):
-                results[i] = result
-        done = [result for result in results if result is not None]
+        ahead = options.driver == "host" and overlaps(overlap_encoder, self.acoustic.scorer.device)
+        encoder, evidence = EncoderPass(self.acoustic.scorer, ahead), Evidence()
+        starts = range(0, len(items), options.batch_size)
+        batches = [_named(items[start : start + options.batch_size], start) for start in starts]
+        done: list[Transcription] = []
+        for heard in each_ahead(lambda batch: self._heard(batch, encoder), batches, ahead):
+            done += self._batch(heard, options, evidence)
         failed = [result for result in done if result.error is not None]
         for result in failed:
             logger.error("%s was not transcribed: %s", result.source, result.error)
@@ -225,31 +255,39 @@ class FusionDecoder:
         self._planner.check(chosen.resolved_rule(len(self.language_models)))
         return chosen
 
-    def _batch(
-        self, items: Sequence[Any], first: int, options: DecodingOptions, evidence: Evidence
-    ) -> list[Transcription]:
-        """Results of a few recordings; those that cannot be read fail alone."""
-        clock = StageClock()
-        sources = [str(item) if isinstance(item, (str, Path)) else f"array {first + i}" for i, item in enumerate(items)]
-        results: list[Transcription | None] = [None] * len(items)
-        samples: list[Tensor] = []
+    def _heard(self, items: Sequence[tuple[str, Any]], encoder: EncoderPass) -> Heard:
+        """Read and encode a few recordings; those that cannot be read fail alone."""
+        clock, samples = StageClock(), []
+        found: list[Transcription | float] = []
         with clock("audio"):
-            for i, item in enumerate(items):
+            for source, item in items:
                 try:
-                    samples.append(self._samples(item, sources[i]))
+                    samples.append(self._samples(item, source))
+                    found.append(len(samples[-1]) / self.acoustic.features.sampling_rate)
                 except ShallowFusionError as error:
-                    results[i] = Transcription(sources[i], error=error)
-        if samples:
-            with clock("features"):
-                features = log_mel(samples, self.acoustic.features)
-            rate = self.acoustic.features.sampling_rate
-            seconds = [len(own) / rate for own in samples]
-            searched = self._search(self._encoder_output(features, clock), options, clock, seconds, evidence)
-            timing = Timing(dict(clock.seconds), sum(seconds), dict(clock.counts))
-            good = (i for i, result in enumerate(results) if result is None)
-            for i, own, (hypotheses, language, rule) in zip(good, samples, searched, strict=True):
-                results[i] = Transcription(sources[i], hypotheses, language, len(own) / rate, rule, timing)
-        return [result for result in results if result is not None]
+                    found.append(Transcription(source, error=error))
+        if not samples:
+            return Heard(items, found, None, None, clock)
+        with clock("features"):
+            features = log_mel(samples, self.acoustic.features)
+        with clock("encoder"):
+            return Heard(items, found, *encoder(features), clock)
+
+    def _batch(self, heard: Heard, options: DecodingOptions, evidence: Evidence) -> list[Transcription]:
+        """Results of a few recordings that were read."""
+        seconds = [own for own in heard.found if isinstance(own, float)]
+        if heard.output is None:
+            return [own for own in heard.found if isinstance(own, Transcription)]
+        output = received(heard.output, heard.done)
+        searched = iter(self._search(output, options, heard.clock, seconds, evidence))
+        timing = Timing(dict(heard.clock.seconds), sum(seconds), dict(heard.clock.counts))
+        results = []
+        for (source, _), own in zip(heard.items, heard.found, strict=True):
+            if isinstance(own, float):
+                hypotheses, language, rule = next(searched)
+                own = Transcription(source, hypotheses, language, own, rule, timing)
+            results.append(own)
+        return results
 
     def _samples(self, item: Any, source: str) -> Tensor:
         settings = self.acoustic.features
@@ -326,3 +364,8 @@ class FusionDecoder:
             for i, (listed, language, plain) in zip(lost, alone, strict=True):
                 results[i] = (flagged(listed), language, plain)
         return results
+
+
+def _named(items: Sequence[Any], first: int) -> list[tuple[str, Any]]:
+    """Each recording with the name of its result: the path, or its number."""
+    return [(str(own) if isinstance(own, (str, Path)) else f"array {first + i}", own) for i, own in enumerate(items)]

@@ -127,6 +127,25 @@ def test_a_failing_recording_leaves_the_others_alone(tmp_path, caplog) -> None:
     assert "empty.wav" in caplog.text
 
 
+def test_batches_encoded_ahead_change_nothing_and_a_failing_recording_stays_alone(tmp_path) -> None:
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no sound")
+    items = [clip(2), clip(5), broken, clip(7), "missing.wav", clip(11), clip(3)]
+    one, other = (
+        decoder().transcribe(items, beam_size=2, batch_size=2, overlap_encoder=ahead) for ahead in (False, True)
+    )
+    assert [type(own.error) for own in one] == [type(own.error) for own in other]
+    assert [own.source for own in other] == [str(item) for item in items]
+    for own, wanted in zip(other, one, strict=True):
+        if wanted.error is None:
+            assert own.best.token_ids == wanted.best.token_ids
+            assert own.best.total == wanted.best.total
+            assert own.duration == wanted.duration
+            assert own.timing.stages["encoder"] > 0
+        else:
+            assert isinstance(own.error, AudioError)
+
+
 def test_silence_and_one_sample_are_transcribed_without_an_error() -> None:
     results = decoder().transcribe([np.zeros(16000, dtype=np.float32), np.zeros(1, dtype=np.float32)], **FAST)
     assert all(isinstance(result.text, str) for result in results)

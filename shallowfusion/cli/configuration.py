@@ -51,6 +51,7 @@ def apply_configuration(arguments: argparse.Namespace) -> None:
     require(not given, f"--config names models, rule and temperatures, so {', '.join(given)} cannot be given with it.")
     found = DecoderFile.load(arguments.config)
     arguments.asr, arguments.lm, arguments.rule = found.asr, list(found.lm), found.rule
+    arguments.lm_bridge = getattr(arguments, "lm_bridge", None) or found.lm_bridge
     arguments.internal_context = None if found.internal_context is None else found.internal_context[0]
     for name, value in found.options.items():
         if name == "suppress_blank":
@@ -77,6 +78,7 @@ def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:
         arguments.dtype,
         arguments.internal_context,
         getattr(arguments, "lm_bridge", None),
+        getattr(arguments, "ngram_lookups", None) or "auto",
     )
 
 

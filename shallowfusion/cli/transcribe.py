@@ -11,7 +11,7 @@ from typing import Any
 
 from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured, load_decoder
 from shallowfusion.cli.ctc import CtcSystem, add_ctc_options, given_ctc_options
-from shallowfusion.config import require
+from shallowfusion.config import DRIVERS, require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
 from shallowfusion.options import DecodingOptions
@@ -25,7 +25,7 @@ __all__ = [
 Transcriber = Callable[[list[str]], list[Transcription]]
 
 NUMBER = {"int": int, "float": float}
-BRIDGES = ("bytes",)
+BRIDGES, LOOKUPS = ("bytes",), ("auto", "rows", "candidates")
 DEFAULT_RESCORING_WEIGHT, DEFAULT_LIST_SIZE = 0.24, 20
 RESCORED_SEARCH_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
 CTC_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "hotword", "hotwords_inside_words")
@@ -145,7 +145,7 @@ def _unused(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False)
     add_decoding_options(parser)
     given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
-    others = ("config", "calibration", "internal_context", "lm_bridge")
+    others = ("config", "calibration", "internal_context", "lm_bridge", "ngram_lookups")
     return [name for name in given if name not in known] + [name for name in others if getattr(arguments, name, None)]
 
 
@@ -242,6 +242,8 @@ def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
         "task": (("transcribe", "translate"), "default: transcribe"),
         "language": (None, "language code of a multilingual model (default: detected)"),
         "initial_prompt": (None, "text the acoustic model sees as previous text"),
+        "lm_prompt": (None, "text of the domain that language models on its tokenizer read first; not scored"),
+        "driver": (DRIVERS, "who decides each step, the device as one CUDA graph where it can (default: host)"),
     }
 
 
@@ -259,6 +261,10 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
     parser.add_argument(
         "--lm-bridge", choices=BRIDGES, default=None, help="how language models on another tokenizer are joined"
     )
+    parser.add_argument(
+        "--ngram-lookups", choices=LOOKUPS, default=None,
+        help="n-gram models of pieces score every token (rows) or what survives the step (candidates); default: auto",
+    )  # fmt: skip
     add_configuration(parser)
     parser.add_argument(
         "--internal-context", default=None, metavar="FILE", help="of train-ilm, for internal_lm(..., variant='trained')"

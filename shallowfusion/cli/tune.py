@@ -180,7 +180,7 @@ def _write(
         about["test_baseline_errors"] = sum(on_test.baseline.words.errors)
     file = DecoderFile(
         arguments.asr, tuple(arguments.lm), chosen.rule, saved_options(chosen.options, calibration is not None),
-        dev.decoder.fingerprints, calibration, about, _context(arguments, dev),
+        dev.decoder.fingerprints, calibration, about, _context(arguments, dev), dev.decoder.lm_bridge,
     )  # fmt: skip
     file.save(arguments.out / DECODER)
     data = tuning_data(found, dev, on_test)

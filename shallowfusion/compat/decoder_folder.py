@@ -1,7 +1,7 @@
 """Folders in which pyctcdecode keeps a decoder: alphabet.json and, with a language model, language_model/.
 
-The language model's folder holds attrs.json (its weights), unigrams.txt (one known word a line) and its ARPA file.
-Either library reads what the other wrote, KenLM binaries apart.
+The language model's folder holds attrs.json (its weights), unigrams.txt (one known word a line) and its ARPA file or
+KenLM binary. Either library reads what the other wrote.
 """
 
 from __future__ import annotations
@@ -61,23 +61,27 @@ def read_alphabet(folder: str | Path) -> tuple[str, Path | None]:
 
 
 def write_model_folder(
-    folder: str | Path, model: NgramModel, unigrams: Collection[str] | None, attributes: Mapping[str, Any],
+    folder: str | Path, model: NgramModel | Path, known: Collection[str], attributes: Mapping[str, Any],
     encoding: str | None = None,
 ) -> None:  # fmt: skip
-    """Write a language model; a plain ARPA file it was read from is copied, else one is written.
+    """Write a language model; a KenLM binary or plain ARPA file it was read from is copied, else an ARPA is written.
+
+    Args:
+        model: or the path of a KenLM binary.
+        known: the known words.
 
     Raises:
         ModelError: the folder cannot be written.
     """
     where = Path(folder)
-    special = {model.begin_word, model.end_word, model.unknown_word}
-    known = unigrams if unigrams is not None else {w for n, w in enumerate(model.words) if n not in special}
     _write(where / ATTRIBUTES, json.dumps(dict(attributes)))
     _write(where / UNIGRAMS, "".join(f"{word}\n" for word in sorted(known)), encoding)
-    source = Path(model.name)
-    if source.suffix.lower() == ".arpa" and source.is_file():
+    source = model if isinstance(model, Path) else Path(model.name)
+    if isinstance(model, Path) or (source.suffix.lower() == ".arpa" and source.is_file()):
+        # pyctcdecode knows a binary by its ending.
+        is_named = source.suffix.lower() in (".arpa", ".bin", ".binary")
         try:
-            shutil.copy2(source, where / source.name)
+            shutil.copy2(source, where / (source.name if is_named else f"{source.name}.bin"))
         except OSError as error:
             raise ModelError(
                 f"{source} cannot be copied to {where} ({error.strerror}); give a place that can."

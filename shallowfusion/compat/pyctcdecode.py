@@ -2,15 +2,15 @@
 
     from shallowfusion.compat.pyctcdecode import build_ctcdecoder
 
-Texts, scores and word times are those of pyctcdecode 0.5, its pruning included. Differences: language models are ARPA
-files (plain or .gz), not KenLM binaries, and one at a time (no MultiLanguageModel); every word of the ARPA file is
-known, also one without a back-off; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an
-error.
+Texts, scores and word times are those of pyctcdecode 0.5, its pruning included. Language models are ARPA files (plain
+or .gz); KenLM binaries are read where the module kenlm is installed, and asked through Python, as a MultiLanguageModel
+is, which is slower. Differences: every word of the file is known, also one without a back-off, and those of a binary
+without `unigrams` too; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an error.
 
 In a batch such an error is logged and its utterance has the text "" (there pyctcdecode stops with a ValueError that
-loses the batch). Not here: `load_from_hf_hub` (download the repository, then `load_from_dir`), language models of one's
-own (`AbstractLanguageModel`, `kenlm.Model` objects, `score` and `score_partial_token`), `verify_alphabet_coverage`, and
-what a class-wide store of models needs (`model_container`, `cleanup`). `last_lm_state` is an integer.
+loses the batch). Not here: `load_from_hf_hub` (download it, then `load_from_dir`), language models of one's
+own (`AbstractLanguageModel`, `score` and `score_partial_token`), `verify_alphabet_coverage`, and what a store
+of models of all decoders needs (`model_container`, `cleanup`). `last_lm_state` is an integer.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from typing import Any, NamedTuple
 from shallowfusion.compat.alphabet import Alphabet
 from shallowfusion.compat.decoder_folder import (
     read_alphabet,
-    read_model_folder,
     write_decoder_folder,
-    write_model_folder,
 )
+from shallowfusion.compat.language_models import LanguageModel, MultiLanguageModel
 from shallowfusion.compat.logits import batch_of
-from shallowfusion.config import require
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
-from shallowfusion.ctc.settings import CtcLanguage, CtcOptions
-from shallowfusion.errors import InvalidArgumentError, ModelError
-from shallowfusion.ngrams.arpa import is_arpa
-from shallowfusion.ngrams.table import NgramTable
+from shallowfusion.ctc.settings import CtcOptions
 
 __all__ = [
     "Alphabet", "BeamSearchDecoderCTC", "LanguageModel", "MultiLanguageModel", "OutputBeam", "OutputBeamMPSafe",
@@ -44,7 +39,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LOG_10 = math.log(10.0)
 MOST_SEARCHES = 16  # settings whose search is kept
 
 WordFrames = tuple[str, tuple[int, int]]
@@ -77,99 +71,6 @@ class OutputBeamMPSafe(NamedTuple):
     lm_score: float
 
 
-class LanguageModel:
-    """An n-gram model with its weights.
-
-    Args:
-        kenlm_model: path of an ARPA file, or a table.
-        unigrams: the known words, None = those of the model.
-        alpha: weight of its log-probs.
-        beta: added for each word.
-        unk_score_offset: of unknown words: added to their base-10 log-prob, and in nats while one is being spelled.
-        score_boundary: whether <s> and </s> are scored.
-
-    Raises:
-        ModelError: the file cannot be read as ARPA.
-    """
-
-    def __init__(
-        self,
-        kenlm_model: str | Path | NgramTable,
-        unigrams: Collection[str] | None = None,
-        alpha: float = 0.5,
-        beta: float = 1.5,
-        unk_score_offset: float = -10.0,
-        score_boundary: bool = True,
-    ) -> None:
-        self.table = kenlm_model if isinstance(kenlm_model, NgramTable) else _read_table(kenlm_model)
-        self.unigrams = None if unigrams is None else frozenset(unigrams)
-        self.alpha = alpha
-        self.beta = beta
-        self.unk_score_offset = unk_score_offset
-        self.score_boundary = score_boundary
-
-    @property
-    def order(self) -> int:
-        return self.table.model.order
-
-    def get_start_state(self) -> int:
-        return self.table.start_state if self.score_boundary else self.table.null_state
-
-    def reset_params(self, **params: float | bool) -> None:
-        """Change alpha, beta, unk_score_offset or score_boundary."""
-        for name, value in params.items():
-            require(
-                name in ("alpha", "beta", "unk_score_offset", "score_boundary"),
-                f"unknown parameter {name!r}; known are alpha, beta, unk_score_offset and score_boundary.",
-            )
-            setattr(self, name, value)
-
-    def save_to_dir(self, filepath: str | Path, unigram_encoding: str | None = None) -> None:
-        """Write the model and its weights into a folder, for `load_from_dir` here or in pyctcdecode.
-
-        Raises:
-            ModelError: it cannot be written.
-        """
-        names = ("alpha", "beta", "unk_score_offset", "score_boundary")
-        attributes = {name: getattr(self, name) for name in names}
-        write_model_folder(filepath, self.table.model, self.unigrams, attributes, unigram_encoding)
-
-    @classmethod
-    def load_from_dir(cls, filepath: str | Path, unigram_encoding: str | None = None) -> LanguageModel:
-        """Read what `save_to_dir` wrote, here or in pyctcdecode.
-
-        Raises:
-            ModelError: a file is missing or wrong, or the model is a KenLM binary.
-        """
-        stored = read_model_folder(filepath, unigram_encoding)
-        return cls(stored.path, stored.unigrams, **stored.attributes)
-
-    def to_ctc(self) -> CtcLanguage:
-        """The model as the search sees it."""
-        return CtcLanguage(
-            self.table,
-            words=self.unigrams,
-            unknown_word=self.unk_score_offset * LOG_10,
-            unknown_prefix=self.unk_score_offset,
-            score_boundary=self.score_boundary,
-            score_empty_word=True,
-        )
-
-
-class MultiLanguageModel:
-    """pyctcdecode's mean of several models, which this search does not have.
-
-    Raises:
-        InvalidArgumentError: always.
-    """
-
-    def __init__(self, language_models: Sequence[LanguageModel]) -> None:
-        raise InvalidArgumentError(
-            "the search holds one n-gram model, got a MultiLanguageModel; interpolate the models into one ARPA file, "
-            "or train one on all the texts (shallowfusion build-ngram)."
-        )
-
-
 class BeamSearchDecoderCTC:
     """Beam search over the frames of a CTC model; see `build_ctcdecoder`.
 
@@ -178,7 +79,7 @@ class BeamSearchDecoderCTC:
         language_model: None = none.
     """
 
-    def __init__(self, alphabet: Alphabet, language_model: LanguageModel | None = None) -> None:
+    def __init__(self, alphabet: Alphabet, language_model: LanguageModel | MultiLanguageModel | None = None) -> None:
         self._alphabet = alphabet
         self._language_model = language_model
         self._base = CtcSearch(alphabet.to_ctc(), language=None if language_model is None else language_model.to_ctc())
@@ -299,7 +200,7 @@ class BeamSearchDecoderCTC:
         """Read what `save_to_dir` wrote, here or in pyctcdecode.
 
         Raises:
-            ModelError: a file is missing or wrong, or the model is a KenLM binary.
+            ModelError: a file is missing or wrong, or it holds a KenLM binary and kenlm is not installed.
             VocabularyError: the alphabet's file is no alphabet.
         """
         alphabet, folder = read_alphabet(filepath)
@@ -337,7 +238,8 @@ class BeamSearchDecoderCTC:
             if len(self._searches) >= MOST_SEARCHES:
                 self._searches.clear()
             model = self._language_model
-            search = self._base.with_settings(options, None if model is None else model.to_ctc())
+            language = model.to_ctc() if isinstance(model, LanguageModel) else self._base.language
+            search = self._base.with_settings(options, language)
             self._searches[options] = search
         return search
 
@@ -370,7 +272,7 @@ def build_ctcdecoder(
 
     Args:
         labels: text of each label in the order of the logits; see `Alphabet.build_alphabet` for blank and space.
-        kenlm_model_path: an ARPA file (.arpa or .arpa.gz), None = no language model.
+        kenlm_model_path: an ARPA file (.arpa or .arpa.gz) or a KenLM binary, None = no language model.
         unigrams, alpha, beta, unk_score_offset, lm_score_boundary: see `LanguageModel`.
 
     Raises:
@@ -381,14 +283,6 @@ def build_ctcdecoder(
     if kenlm_model_path is not None:
         model = LanguageModel(kenlm_model_path, unigrams, alpha, beta, unk_score_offset, lm_score_boundary)
     return BeamSearchDecoderCTC(Alphabet.build_alphabet(labels), model)
-
-
-def _read_table(path: str | Path) -> NgramTable:
-    if not is_arpa(path):
-        raise ModelError(
-            f"{path} is no .arpa or .arpa.gz file; KenLM binaries are not read, give the ARPA file they were made from."
-        )
-    return NgramTable.from_arpa(path)
 
 
 def _is_lost(result: CtcResult) -> bool:

@@ -90,10 +90,12 @@ class CTCDecoder:
         """Load a CTC model of transformers (wav2vec2, HuBERT, WavLM, Parakeet, ...) by hub id or local directory.
 
         Labels, blank and word delimiter come from its tokenizer. Spell the words of an `lm` as the labels do. `llm` is
-        a causal language model by hub id or local directory, for rules of fusion.delayed.
+        a causal language model by hub id or local directory, for rules of fusion.delayed. dtype="int8", on the CPU,
+        rounds the weights of linear layers, of which WavLM's cannot be; see docs/ctc.md.
 
         Raises:
             ModelError: the model cannot be loaded.
+            InvalidArgumentError: a device or dtype that the model cannot have.
         """
         where = choose_device(device)
         model = load_ctc_model(str(asr), where, choose_dtype(dtype, where))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from shallowfusion.ctc.search import MAX_UTTERANCES, check_settings, label_words
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.ngrams.device_table import DeviceNgramTable
+from shallowfusion.ngrams.table import NgramTableProtocol
 
 __all__ = ["DeviceCtcSearch", "DeviceCtcState", "device_obstacle"]
 
@@ -55,6 +56,8 @@ def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLan
     native = 'or let the native search decode (backend="native").'
     if language is not None and language.unit == "words":
         return f'a word-level language model needs words spelled out; give CtcLanguage(table, unit="labels") {native}'
+    if language is not None and not hasattr(language.table, "dense"):
+        return f"a language model that is asked in Python; give an NgramTable {native}"
     if options.hotwords:
         return f"hotwords need words spelled out; leave them out {native}"
     if options.word_bonus != 0:
@@ -113,7 +116,7 @@ class DeviceCtcSearch:
         obstacle = device_obstacle(alphabet, self.options, language)
         require(obstacle is None, f"the device search cannot do this: {obstacle}")
         if language is not None and table is None:
-            table = DeviceNgramTable(language.table, self.device)
+            table = DeviceNgramTable(cast(NgramTableProtocol, language.table), self.device)
         self.table = table
         words = label_words(alphabet, language)
         self.rules = DeviceRules(alphabet, self.options, self.device, table, words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shallowfusion.ctc.hotwords import phrase_patterns
-from shallowfusion.ctc.search import known_words, label_words
+from shallowfusion.ctc.search import known_words, label_words, word_prefixes
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
 from shallowfusion.phrases.automaton_reference import ReferencePhraseAutomaton
@@ -45,14 +45,17 @@ class Language:
         self.alphabet, self.options, self.language = alphabet, options, language
         self.label_words = label_words(alphabet, language)
         self.by_words = language is not None and language.unit == "words"
-        self.words: dict[str, tuple[int, bool]] = {}
+        self.words: dict[str, tuple[int, int]] = {}
         if language is not None and self.by_words:
             self.words = {word: (number, known) for word, number, known in known_words(language)}
         patterns = phrase_patterns(alphabet, options)
         self.phrases = None if patterns is None else ReferencePhraseAutomaton(patterns)
         self.start_phrase = 0 if self.phrases is None else self.phrases.start_state
         self._gains: dict[tuple[int, int], tuple[float, int]] = {}
-        self.beginnings = {word[:n] for word, (_, known) in self.words.items() if known for n in range(len(word) + 1)}
+        self.prefixes: list[tuple[set[str], float]] = []
+        for bit, nats in enumerate(word_prefixes(language) if language is not None and self.by_words else ()):
+            own = [word for word, (_, known) in self.words.items() if known >> bit & 1]
+            self.prefixes.append(({word[:n] for word in own for n in range(len(word) + 1)}, nats))
 
     def extended(self, prefix: Prefix, label: int) -> Prefix:
         piece = self.alphabet.pieces[label]
@@ -116,9 +119,8 @@ class Language:
         lengths = [len(hotword) for hotword in self.options.hotword_list if hotword.startswith(word)]
         if lengths:
             return held + self.options.hotword_weight * len(word) / min(lengths)
-        if self.language is None or not self.by_words or word in self.beginnings:
-            return held
-        return held + self.language.unknown_prefix * max(len(word), USUAL_WORD) / USUAL_WORD
+        unknown = sum(nats for beginnings, nats in self.prefixes if word not in beginnings)
+        return held + unknown * max(len(word), USUAL_WORD) / USUAL_WORD
 
     def ended(self, prefix: Prefix) -> tuple[Prefix, int]:
         """The prefix after the end, and the state before it."""

@@ -162,7 +162,7 @@ class LexiconSearch:
         return other
 
     def step(self, emissions: npt.ArrayLike) -> None:
-        self._native.step(emissions=checked_emissions(emissions, self.num_labels), num_labels=self.num_labels)
+        self._native.step(emissions=checked_emissions(emissions, self.num_labels))
 
     def end(self) -> None:
         self._native.end()

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shallowfusion.config import require
 from shallowfusion.errors import ModelError
 from shallowfusion.scorers.loading import _check_directory, _loaded
+from shallowfusion.scorers.preparation import check_int8, loading_dtype, prepare_encoder
 
 __all__ = ["CtcModel", "is_ctc_model", "load_ctc_model"]
 
@@ -110,15 +110,14 @@ def load_ctc_model(name: str, device: torch.device, dtype: torch.dtype) -> CtcMo
 
     Raises:
         ModelError: no such directory or hub id, no weights, no CTC model, or a tokenizer that does not fit.
-        InvalidArgumentError: torch.int8.
+        InvalidArgumentError: torch.int8 for a model whose linear layers cannot all be rounded, such as WavLM.
     """
-    require(dtype != torch.int8, "dtype='int8' is for Whisper and causal language models; take 'bfloat16' for CTC.")
     from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
     if not is_ctc_model(name):
         config = _loaded(AutoConfig.from_pretrained, name, "a model configuration")
         raise ModelError(f"{name} is a {config.model_type!r} model, wanted a CTC model such as wav2vec2.")
-    model = _loaded(AutoModelForCTC.from_pretrained, name, "a CTC model", dtype=dtype).to(device).eval()
+    model = _loaded(AutoModelForCTC.from_pretrained, name, "a CTC model", dtype=loading_dtype(dtype)).to(device).eval()
     extractor = _loaded(AutoFeatureExtractor.from_pretrained, name, "feature settings")
     tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "a tokenizer")
     labels, silenced = _labels(name, tokenizer, model.config)
@@ -126,7 +125,7 @@ def load_ctc_model(name: str, device: torch.device, dtype: torch.dtype) -> CtcMo
     delimiter = getattr(tokenizer, "word_delimiter_token_id", None)
     number = blank if delimiter is None or not 0 <= delimiter < len(labels) else int(delimiter)
     marked = any(label.startswith(PIECE_START) for label in labels)
-    return CtcModel(
+    made = CtcModel(
         name=name,
         model=model,
         extractor=extractor,
@@ -138,6 +137,11 @@ def load_ctc_model(name: str, device: torch.device, dtype: torch.dtype) -> CtcMo
         sampling_rate=int(extractor.sampling_rate),
         frame_seconds=_frame_samples(model.config, extractor) / extractor.sampling_rate,
     )
+    if dtype == torch.int8:
+        check_int8(device)
+        second = torch.zeros(made.sampling_rate)
+        prepare_encoder(model, getattr(model, "lm_head", None), lambda: made.log_probs([second]))
+    return made
 
 
 def _labels(name: str, tokenizer: Any, config: Any) -> tuple[tuple[str, ...], set[int]]:

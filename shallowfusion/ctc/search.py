@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from shallowfusion import _native
@@ -152,7 +152,8 @@ class CtcSearch:
         own = self.language
         require(
             (own is None) == (language is None)
-            and (own is None or language is None or (own.table is language.table and own.words is language.words)),
+            and (own is None or language is None or (own.table is language.table and own.words is language.words))
+            and (own is None or language is None or own.prefixes is language.prefixes),
             "with_settings keeps the language model and its words; make a new CtcSearch for others.",
         )
         other = object.__new__(CtcSearch)
@@ -244,13 +245,26 @@ def merges_texts(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLangua
     return options.merge_texts and alphabet.is_ambiguous and not label_level and options.length_bonus == 0
 
 
-def known_words(language: CtcLanguage) -> list[tuple[str, int, bool]]:
-    """Every word of a word-level table: spelling, id, whether it counts as known."""
+def known_words(language: CtcLanguage) -> list[tuple[str, int, int]]:
+    """Every word of a word-level table: spelling, id, the sets of known words it is in, a bit each."""
     model = language.table.model
     special = {model.begin_word, model.end_word, model.unknown_word}
-    wanted = None if language.words is None else set(language.words)
-    entries = ((word, number) for word, number in model.ids.items() if word and number not in special)
-    return [(word, number, wanted is None or word in wanted) for word, number in entries]
+    entries = [(word, number) for word, number in model.ids.items() if word and number not in special]
+    known: dict[str, int] = {}
+    for bit, words in enumerate(word_sets(language)):
+        for word in (word for word, _ in entries) if words is None else words:
+            known[word] = known.get(word, 0) | 1 << bit
+    return [(word, number, known.get(word, 0)) for word, number in entries]
+
+
+def word_sets(language: CtcLanguage) -> list[Collection[str] | None]:
+    """The sets of known words; None = all of the table."""
+    return [set(words) for words, _ in language.prefixes] or [None if language.words is None else set(language.words)]
+
+
+def word_prefixes(language: CtcLanguage) -> list[float]:
+    """`unknown_prefix` of each set."""
+    return [nats for _, nats in language.prefixes] or [language.unknown_prefix]
 
 
 def _rules(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None) -> Any:
@@ -292,13 +306,30 @@ def _language(
     if language is not None:
         native.weight = options.lm_weight
         native.unknown_word = options.lm_weight * language.unknown_word
-        native.unknown_prefix = language.unknown_prefix
+        native.unknown_prefixes = word_prefixes(language)
         native.score_end = language.score_boundary
         native.score_empty_word = language.score_empty_word
-        table: Any = getattr(language.table, "native", None)
-        require(table is not None, f"the table must be an NgramTable, got {type(language.table).__name__}.")
-        native.set_table(table=table, lexicon=lexicon)
+        native.set_table(table=_table(language), lexicon=lexicon)
     return native
+
+
+def _table(language: CtcLanguage) -> Any:
+    """The C++ table, or one that asks Python."""
+    table, model = language.table, language.table.model
+    own = getattr(table, "native", None)
+    if own is not None:
+        return own
+
+    def score(state: int, word: int) -> tuple[float, int]:
+        log_probs, states = table.score([state], [word])
+        return float(log_probs[0]), int(states[0])
+
+    return _native.AskedTable(
+        score=getattr(table, "score_word", score),
+        end=lambda state: float(table.end([state])[0]),
+        num_words=len(model.words),
+        unknown_word=model.unknown_word,
+    )
 
 
 def _hypothesis(record: tuple[Any, ...], has_lm: bool) -> CtcHypothesis:

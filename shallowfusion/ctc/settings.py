@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from shallowfusion.checks import integer
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError, VocabularyError
-from shallowfusion.ngrams.table import NgramTableProtocol
+from shallowfusion.ngrams.table import WordTableProtocol
 
 __all__ = ["CtcAlphabet", "CtcLanguage", "CtcOptions", "Piece"]
 
@@ -23,6 +23,7 @@ Backend = Literal["auto", "native", "device"]
 HotwordForm = Literal["phrases", "words"]
 Hotwords = Mapping[str, float] | Sequence[str | tuple[str, float]] | str
 MAX_BEAM = 1_000_000
+MAX_WORD_SETS = 32
 LARGEST_WEIGHT = 100.0  # nats of a phrase: the search multiplies by its exponential
 WORD_START = "▁"  # sentencepiece's mark of a word's first piece
 
@@ -128,7 +129,7 @@ class CtcLanguage:
     """An n-gram model and how it reads the text.
 
     Args:
-        table: the model.
+        table: the model; one that is no `NgramTable` is asked in Python, a word and state at a time.
         unit: "words": scored when a word is closed; "labels": scored with each new label, whose text is the word of the
             table (the delimiter's is `delimiter_word`).
         words: the known words, None = all of the table. Others are scored as the table does, plus `unknown_word`.
@@ -139,9 +140,11 @@ class CtcLanguage:
         score_empty_word: a text that ends with a delimiter is charged an unknown word more, as pyctcdecode does. Of
             equal texts with and without one the best says which; with times="last", the one whose times are shown.
         delimiter_word: the delimiter in a table of labels.
+        prefixes: several sets of known words, up to 32, each with its own `unknown_prefix`, whose sum ranks, in place
+            of `words` and `unknown_prefix`; a word in none of them is not known.
     """
 
-    table: NgramTableProtocol
+    table: WordTableProtocol
     unit: Literal["words", "labels"] = "words"
     words: Collection[str] | None = None
     unknown_word: float = -10.0 * math.log(10.0)
@@ -149,8 +152,13 @@ class CtcLanguage:
     score_boundary: bool = True
     score_empty_word: bool = False
     delimiter_word: str = "<space>"
+    prefixes: tuple[tuple[Collection[str], float], ...] = ()
 
     def __post_init__(self) -> None:
+        require(
+            len(self.prefixes) <= MAX_WORD_SETS and all(math.isfinite(nats) for _, nats in self.prefixes),
+            f"prefixes must be at most {MAX_WORD_SETS} sets of words with finite nats, got {len(self.prefixes)}.",
+        )
         require(self.unit in ("words", "labels"), f"unit must be 'words' or 'labels', got {self.unit!r}.")
         for name in ("unknown_word", "unknown_prefix"):
             value = getattr(self, name)

@@ -14,10 +14,40 @@ from shallowfusion.checks import integer_array
 from shallowfusion.ngrams.arpa import read_arpa
 from shallowfusion.ngrams.model import UNKNOWN_LOG_PROB, NgramModel
 
-__all__ = ["NgramTable", "NgramTableProtocol", "word_log_probs"]
+__all__ = ["NgramTable", "NgramTableProtocol", "WordTableProtocol", "Words", "word_log_probs"]
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
+
+
+class Words(Protocol):
+    """The words of a model."""
+
+    @property
+    def words(self) -> tuple[str, ...]: ...
+    @property
+    def ids(self) -> dict[str, int]: ...
+    @property
+    def begin_word(self) -> int: ...
+    @property
+    def end_word(self) -> int: ...
+    @property
+    def unknown_word(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+
+class WordTableProtocol(Protocol):
+    """The part of `NgramTableProtocol` that a search of words needs."""
+
+    @property
+    def model(self) -> Words: ...
+    @property
+    def start_state(self) -> int: ...
+    @property
+    def null_state(self) -> int: ...
+    def score(self, states: npt.ArrayLike, words: npt.ArrayLike) -> tuple[Float32Array, Int64Array]: ...
+    def end(self, states: npt.ArrayLike) -> Float32Array: ...
 
 
 class NgramTableProtocol(Protocol):

@@ -15,10 +15,20 @@ from torch import Tensor, nn
 
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.scorers.attention import set_slot_attention
-from shallowfusion.scorers.row_rounding import round_rows, scale_rows
+from shallowfusion.scorers.row_rounding import (
+    has_int8_rows,
+    int8_rows,
+    packed_int8,
+    round_rows,
+    scale_rows,
+    unpacked_int8,
+)
 
-__all__ = ["Float32Head", "Int8Linear", "PackedLinear", "check_int8", "loading_dtype", "prepare"]
+__all__ = [
+    "Float32Head", "Int8Linear", "PackedLinear", "check_int8", "loading_dtype", "prepare", "prepare_encoder",
+]  # fmt: skip
 
+_FEW_ROWS = 24  # up to so many the C++ product is ahead of oneDNN's (docs/speed.md)
 _ALIGNMENT = 64  # rows; logits then begin at multiples of 256 bytes
 
 
@@ -29,32 +39,46 @@ class Int8Linear(nn.Module):
     row has its own scale, so a row's result does not depend on its neighbours in the batch.
 
     Price: a quarter of float32's bytes per pass; relative error of an output about 1 % (measured on Gaussian numbers).
+    Few rows are multiplied in C++ where the CPU has the instructions, many by oneDNN; a layer that meets both keeps its
+    weights in both forms. The result does not depend on which.
 
     Args:
         weight: [outputs, inputs], any float dtype.
         bias: [outputs] or None.
         output_dtype: of the result; None = as the input.
+        few_rows: whether passes of few rows are to be expected.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, output_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, output_dtype: torch.dtype | None = None, few_rows: bool = True
+    ) -> None:
         super().__init__()
         weight = weight.detach().float()
         # Plain attributes: Module.to must turn neither the scales nor the packed weights into bfloat16.
         whole, scales = round_rows(weight)  # dense: the packing reads a transposed view as if it were not one
         self._scales = scales[:, 0]
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._packed = torch.ops.onednn.qlinear_prepack(whole, None)
+        self._rows = packed_int8(whole) if few_rows and has_int8_rows(weight.shape[1]) else None
+        self._packed: Tensor | None = None if self._rows is not None else torch.ops.onednn.qlinear_prepack(whole, None)
         self._bias = None if bias is None else bias.detach().float().clone()
         self._output_dtype = output_dtype
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)
-        whole, scales = round_rows(rows)
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        result = scale_rows(product, scales, self._bias, self._output_dtype or inputs.dtype)
+        dtype = self._output_dtype or inputs.dtype
+        if self._rows is not None and len(rows) <= _FEW_ROWS:
+            result = int8_rows(rows, self._rows, self._scales, self._bias, dtype)
+        else:
+            if self._packed is None:
+                assert self._rows is not None
+                whole = unpacked_int8(self._rows, self.out_features, self.in_features)
+                self._packed = torch.ops.onednn.qlinear_prepack(whole, None)
+            whole, scales = round_rows(rows)
+            product: Tensor = torch.ops.onednn.qlinear_pointwise(
+                whole, 1.0, 0, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+            result = scale_rows(product, scales, self._bias, dtype)
         return result.view(*inputs.shape[:-1], self.out_features)
 
     @property
@@ -173,7 +197,13 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
         if model.config.is_encoder_decoder:
             set_slot_attention(model)
     if dtype == torch.int8:
-        _replace_products(model, lambda weight, bias, layer: Int8Linear(weight, bias, _float32_of(layer, head)))
+        read = _of_recordings(model)
+        _replace_products(
+            model,
+            lambda weight, bias, layer: Int8Linear(
+                weight, bias, torch.float32 if layer is head else None, few_rows=layer not in read
+            ),
+        )
         model.to(_activation_dtype())
     elif dtype != torch.float32:
         if isinstance(head, nn.Linear):
@@ -182,8 +212,29 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
         _replace_products(model, lambda weight, bias, layer: PackedLinear(weight, bias), _of_recordings(model))
 
 
-def _float32_of(layer: nn.Module, head: nn.Module | None) -> torch.dtype | None:
-    return torch.float32 if layer is head else None
+def prepare_encoder(model: nn.Module, head: nn.Module | None, probe: Callable[[], object]) -> None:
+    """Round every linear layer of a float32 model that is no decoder, in place; the rest stays float32.
+
+    Not bfloat16 as in `prepare`: random models of the group-norm form lost half of their labels by it (docs/ctc.md).
+
+    Args:
+        head: the layer whose results stay float32.
+        probe: runs the model once.
+
+    Raises:
+        InvalidArgumentError: the model multiplies by a linear layer's weights itself, as WavLM's attention does.
+    """
+    _replace_products(
+        model,
+        lambda weight, bias, layer: Int8Linear(weight, bias, torch.float32 if layer is head else None, few_rows=False),
+    )
+    try:
+        probe()
+    except AttributeError as error:
+        raise InvalidArgumentError(
+            f"dtype='int8' replaces linear layers, but {type(model).__name__} reads the weights of one ({error}); "
+            "take 'bfloat16' or 'float32'."
+        ) from error
 
 
 def _simplify(model: nn.Module) -> None:

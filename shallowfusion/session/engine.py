@@ -1,28 +1,31 @@
-"""What a session's thread does: encode those that come, let all that run take a step, hand out what is done."""
+"""What a session's decoding thread does: start those that come, let all that run take a step, hand out what is done."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from shallowfusion.features.log_mel import log_mel
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.footprint import bytes_together
 from shallowfusion.scorers.loading import AcousticModel
 from shallowfusion.search.late import finished
 from shallowfusion.search.loop import SearchOutcome, StageClock
 from shallowfusion.search.running import Cohort, RunningSearches
-from shallowfusion.session.jobs import Job, SessionSettings
+from shallowfusion.session.encoding import RecordingEncoder, is_out_of_memory, received
+from shallowfusion.session.jobs import Job, SessionSettings, shared_seconds
 from shallowfusion.transcripts import hypotheses_of, ranked_by_listening
+from shallowfusion.trusting import flagged
 
-__all__ = ["SessionEngine", "is_out_of_memory"]
+__all__ = ["SessionEngine"]
 
 logger = logging.getLogger(__name__)
+
+N = TypeVar("N", int, float)
 
 
 class SessionEngine:
@@ -33,16 +36,17 @@ class SessionEngine:
 
     Args:
         acoustic: the acoustic model; jobs bring the planners that know the language models.
-        read: samples of a recording, or an `AudioError`.
+        encoder: of recordings that come without encoder output.
         settings: of the session.
     """
 
-    def __init__(self, acoustic: AcousticModel, read: Callable[[Any, str], Tensor], settings: SessionSettings) -> None:
+    def __init__(self, acoustic: AcousticModel, encoder: RecordingEncoder, settings: SessionSettings) -> None:
         self.acoustic = acoustic
+        self.encoder = encoder
         self.settings = settings
         self.clock = StageClock()
-        self.num_finished = self.num_failed = self.num_cancelled = 0
-        self._read = read
+        self.held: list[Job] = []  # searched, and waiting for the verdict of a trusted rule
+        self.num_finished = self.num_failed = self.num_cancelled = self.num_given_up = 0
         self._shares: dict[str, float] = defaultdict(float)  # by stage, what an utterance that always ran had cost
         self._jobs: dict[Cohort, list[Job | None]] = {}
         self._running = RunningSearches(self.clock)
@@ -58,13 +62,20 @@ class SessionEngine:
         return bytes_together(job.demands for job in self.jobs)
 
     @property
+    def num_over(self) -> int:
+        """Requests that are over, so that what they held is free."""
+        return self.num_finished + self.num_failed + self.num_cancelled
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing runs and nothing is held for anything that ran."""
         return not self._jobs and self._running.is_empty
 
     def has_room(self, job: Job, beside: Sequence[Job] = ()) -> bool:
         """Whether it may run together with those that do and some that are about to."""
-        together = [*self.jobs, *beside]
+        if not self.jobs and not beside:
+            return True  # `submit` saw to it that it fits alone
+        together = [*self.jobs, *self.held, *beside]
         most = self.settings.max_utterances
         if self._too_many is not None:
             most = min(most, max(1, self._too_many))
@@ -74,19 +85,33 @@ class SessionEngine:
         return budget is None or bytes_together(other.demands for other in [*together, job]) <= budget
 
     def admit(self, jobs: Sequence[Job]) -> list[Job]:
-        """Read, encode and start jobs; those with the same options share a cohort.
+        """Start jobs, once they are read and encoded; those with the same options share a cohort.
 
         Returns:
             Jobs for which memory is short as long as others run, to be tried again.
         """
-        before = dict(self.clock.seconds)
-        good = [job for job in jobs if self._has_sound(job)]
-        self._encode([job for job in good if job.encoded is None])
-        costs = _shared(self.clock.seconds, before, len(jobs))
+        unread = [job for job in jobs if job.encoded is None]
         waiting: list[Job] = []
-        for group in _alike([job for job in good if job.encoded is not None]):
-            waiting += self._start(group, costs)
+        for job, encoded in zip(unread, self.encoder.encode(unread) if unread else (), strict=True):
+            if is_out_of_memory(encoded.error) and self.jobs:
+                self._postpone(job, encoded.error)
+                waiting.append(job)
+                continue
+            job.take(encoded)
+            if job.encoded is None:
+                self.dismiss(job)
+        for group in _alike([job for job in jobs if job.encoded is not None]):
+            waiting += self._start(group)
         return waiting
+
+    def dismiss(self, job: Job) -> None:
+        """End a job that has no result: it failed, or was cancelled."""
+        if job.error is not None and job.fail(job.error):
+            self.num_failed += 1
+            return
+        if job.error is None:
+            job.future.set_running_or_notify_cancel()
+        self.num_cancelled += 1
 
     def step(self) -> None:
         """One token for all; results go out, and cancelled jobs are dropped."""
@@ -99,7 +124,7 @@ class SessionEngine:
             logger.exception("a step failed, and with it the %d utterances that ran", len(self.jobs))
             self._fail_all(error)
             return
-        for stage, seconds in _shared(self.clock.seconds, before, count).items():
+        for stage, seconds in shared_seconds(self.clock.seconds, before, count).items():
             self._shares[stage] += seconds
         for cohort in ran:
             for place in cohort.ended:
@@ -108,64 +133,54 @@ class SessionEngine:
                 self._drop(cohort, place)
             cohort.cancelled.clear()
 
-    def _has_sound(self, job: Job) -> bool:
-        if job.encoded is not None or job.features is not None:
-            return True
-        try:
-            with self.clock("audio"):
-                samples = self._read(job.item, job.source)
-            with self.clock("features"):
-                job.features = log_mel([samples], self.acoustic.features)[0]
-        except Exception as error:
-            self.num_failed += job.fail(error)
-            return False
-        job.seconds = len(samples) / self.acoustic.features.sampling_rate
-        return True
+    def conclude(self, verdicts: Sequence[tuple[Job, bool]]) -> list[Job]:
+        """Hand out the results that stand; returns the jobs that are to be searched again, given up by their rule."""
+        again = []
+        for job, is_given_up in verdicts:
+            self.held.remove(job)
+            result, second = job.fused, job.second
+            assert result is not None
+            assert second is not None
+            job.fused, job.second = None, None
+            if is_given_up:
+                job.prior, job.options, job.planner, job.demands = (
+                    result.timing, second.options, second.planner, second.demands,
+                )  # fmt: skip
+                self.num_given_up += 1
+                again.append(job)
+            else:
+                self._hand_out(job, result)
+        return again
 
-    def _encode(self, jobs: Sequence[Job]) -> None:
-        """One encoder pass; if it fails, each alone."""
-        if not jobs:
-            return
-        try:
-            with self.clock("encoder"):
-                features = torch.stack([job.features for job in jobs if job.features is not None])
-                for job, encoded in zip(jobs, self.acoustic.scorer.encode(features), strict=True):
-                    job.encoded, job.features = encoded, None
-        except Exception as error:
-            if len(jobs) == 1:
-                self.num_failed += jobs[0].fail(error)
-                return
-            logger.warning("%d recordings could not be encoded together (%s); each is tried alone", len(jobs), error)
-            for job in jobs:
-                self._encode([job])
+    def _postpone(self, job: Job, error: BaseException | None) -> None:
+        logger.warning("%s waits for memory (%s)", job.source, error)
+        self._too_many = len(self.jobs)
 
-    def _start(self, jobs: Sequence[Job], costs: Mapping[str, float]) -> list[Job]:
+    def _start(self, jobs: Sequence[Job]) -> list[Job]:
         """A cohort of jobs with the same options; if it cannot be started, each alone."""
         first = jobs[0]
-        encoded = torch.stack([job.encoded for job in jobs if job.encoded is not None])
         before, counted = dict(self.clock.seconds), dict(self.clock.counts)
         try:
+            encoded = torch.stack([received(job.encoded, job.done) for job in jobs if job.encoded is not None])
             own = first.planner.sources(encoded, first.options, self.clock, [job.seconds for job in jobs])
             cohort = self._running.admit(own.scorers, own.contexts, own.names, own.plan, own.late)
         except Exception as error:
             if len(jobs) > 1:
-                return [left for job in jobs for left in self._start([job], costs)]
+                return [left for job in jobs for left in self._start([job])]
             if is_out_of_memory(error) and self.jobs:
-                logger.warning("%s waits for memory (%s)", first.source, error)
-                self._too_many = len(self.jobs)
+                self._postpone(first, error)
                 return [first]
-            self.num_failed += first.fail(error)
+            first.error = error
+            self.dismiss(first)
             return []
-        stages = dict(costs)
-        for stage, seconds in _shared(self.clock.seconds, before, len(jobs)).items():
-            stages[stage] = stages.get(stage, 0.0) + seconds
+        costs = shared_seconds(self.clock.seconds, before, len(jobs))
         counts = {name: number - counted.get(name, 0) for name, number in self.clock.counts.items()}
-        timing = Timing(stages, 0.0, {name: number for name, number in counts.items() if number})
         looks_back = first.options.coverage_weight != 0 or first.options.min_attention_centre is not None
         for place, job in enumerate(jobs):
             job.own, job.place, job.before = own, place, dict(self._shares)
-            job.timing = timing
-            job.encoded = job.encoded if looks_back else None
+            stages = _added(costs, {} if job.prior else job.costs)
+            job.timing = Timing(stages, 0.0, {name: number for name, number in counts.items() if number})
+            job.encoded = job.encoded if looks_back or job.second is not None else None
         self._jobs[cohort] = list(jobs)
         return []
 
@@ -177,13 +192,21 @@ class SessionEngine:
         try:
             result = self._result(job, cohort, place)
         except Exception as error:
-            self.num_failed += job.fail(error)
+            job.error = error
+            self.dismiss(job)
         else:
-            if job.finish(result):
-                self.num_finished += 1
+            if job.second is None or job.future.cancelled():
+                self._hand_out(job, result)
             else:
-                self.num_cancelled += 1
+                job.fused, job.demands = result, {}
+                self.held.append(job)
         self._forget(cohort, place)
+
+    def _hand_out(self, job: Job, result: Transcription) -> None:
+        if job.finish(result):
+            self.num_finished += 1
+        else:
+            self.num_cancelled += 1
 
     def _result(self, job: Job, cohort: Cohort, place: int) -> Transcription:
         own, options = job.own, job.options
@@ -201,20 +224,19 @@ class SessionEngine:
             prefix = own.contexts[0].prompts[place]
             sound = job.seconds / window
             listed = ranked_by_listening(listed, self.acoustic, job.encoded, prefix, sound, options)
-        stages = dict(job.timing.stages)
-        for stage, seconds in self._shares.items():
-            stages[stage] = stages.get(stage, 0.0) + seconds - job.before.get(stage, 0.0)
-        timing = Timing(stages, job.seconds, {**job.timing.counts, **counts.counts})
-        rule = own.rule or own.plan.rule
-        return Transcription(
-            job.source, tuple(listed[: options.n_best]), own.languages[place], job.seconds, rule, timing
-        )
+        steps = {stage: seconds - job.before.get(stage, 0.0) for stage, seconds in self._shares.items()}
+        timing = Timing(_added(job.timing.stages, steps), job.seconds, {**job.timing.counts, **counts.counts})
+        best = tuple(listed[: options.n_best])
+        if job.prior is not None:
+            stages = _added(timing.stages, job.prior.stages)
+            timing = replace(timing, stages=stages, counts=_added(timing.counts, job.prior.counts))
+            best = flagged(best)
+        return Transcription(job.source, best, own.languages[place], job.seconds, own.rule or own.plan.rule, timing)
 
     def _drop(self, cohort: Cohort, place: int) -> None:
         job = self._jobs.get(cohort, [])[place : place + 1]
         if job and job[0] is not None:
-            job[0].future.set_running_or_notify_cancel()
-            self.num_cancelled += 1
+            self.dismiss(job[0])
             self._forget(cohort, place)
 
     def _forget(self, cohort: Cohort, place: int) -> None:
@@ -224,12 +246,10 @@ class SessionEngine:
         if all(job is None for job in listed):
             del self._jobs[cohort]
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _fail_all(self, error: Exception) -> None:
         for job in self.jobs:
-            if job.fail(error):
-                self.num_failed += 1
-            else:
-                self.num_cancelled += 1
+            job.error = error
+            self.dismiss(job)
         self._jobs.clear()
         self._running = RunningSearches(self.clock)
 
@@ -248,13 +268,6 @@ def _alike(jobs: Sequence[Job]) -> list[list[Job]]:
     return groups
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short; on the CPU torch says so in a RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "allocate" in str(error) and "memory" in str(error)
-
-
-def _shared(seconds: Mapping[str, float], before: Mapping[str, float], count: int) -> dict[str, float]:
-    """What one of `count` has to bear, by stage, of the seconds that were added."""
-    return {stage: (own - before.get(stage, 0.0)) / max(1, count) for stage, own in seconds.items()}
+def _added(one: Mapping[str, N], other: Mapping[str, N]) -> dict[str, N]:
+    """Sums by name."""
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}

@@ -1,4 +1,4 @@
-"""The session: requests in from any thread, futures out, one thread that decodes."""
+"""The session: requests in from any thread, futures out, a thread that decodes and one that encodes ahead of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shallowfusion.config import require
@@ -21,8 +21,12 @@ from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Transcription
 from shallowfusion.scorers.footprint import bytes_together
+from shallowfusion.session.encoding import RecordingEncoder, is_out_of_memory, overlaps
 from shallowfusion.session.engine import SessionEngine
-from shallowfusion.session.jobs import Job, SessionSettings, SessionStatistics
+from shallowfusion.session.jobs import Encoded, Job, Second, SessionSettings, SessionStatistics
+from shallowfusion.session.line import WaitingLine
+from shallowfusion.session.verdicts import Verdicts
+from shallowfusion.trusting import Evidence, alone_options
 
 __all__ = ["DecoderSession"]
 
@@ -36,7 +40,7 @@ class DecoderSession:
     in totals as `FusionDecoder.transcribe` would; `cancel` works at any time before that and frees everything at the
     next step. All methods may be called from any thread. Made by `FusionDecoder.session`.
 
-    Price: one thread, which owns the passes; see `docs/serving.md`.
+    Price: a thread that owns the passes of the search, and one for the encoder if it runs ahead; see `docs/serving.md`.
 
     Args:
         planner: of the decoder.
@@ -49,14 +53,24 @@ class DecoderSession:
         self._planner = planner
         self._planners: dict[tuple[str, ...], SearchPlanner] = {planner.source_names[1:]: planner}
         self._options: dict[str, DecodingOptions] = {}
-        self._engine = SessionEngine(planner.acoustic, read, settings)
+        self._alone: dict[int, tuple[DecodingOptions, DecodingOptions]] = {}  # keyed by identity of the first
+        self.overlaps_encoder = overlaps(settings.overlap_encoder, planner.acoustic.scorer.device)
+        self._encoder = RecordingEncoder(planner.acoustic, read, apart=self.overlaps_encoder)
+        self._engine = SessionEngine(planner.acoustic, self._encoder, settings)
         self._wakes = threading.Condition()
-        self._queue: deque[Job] = deque()
-        self._busy: list[Job] = []  # taken from the queue and not over
-        self._num_cancelled = self._num_submitted = 0
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._work, name="shallowfusion session", daemon=True)
-        self._thread.start()
+        self._line = WaitingLine(settings.encoder_batch, ahead=self.overlaps_encoder)
+        self._verdicts = Verdicts()
+        self._busy: list[Job] = []  # taken from the line and not over
+        self._num_submitted = 0
+        self._is_closing = self._is_broken = False
+        self._joins = threading.Lock()  # before Python 3.13 two that join one thread may trip over each other
+        works = {"session": self._work, **({"encoder": self._encode_ahead} if self.overlaps_encoder else {})}
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=f"shallowfusion {name}", daemon=True)
+            for name, work in works.items()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(
         self,
@@ -64,6 +78,7 @@ class DecoderSession:
         options: DecodingOptions | None = None,
         *,
         language_models: Sequence[str] | None = None,
+        evidence: Evidence | None = None,
         **names: Any,
     ) -> Future[Transcription]:
         """Queue one recording.
@@ -73,6 +88,8 @@ class DecoderSession:
                 [frames, size] of one.
             options: or option names as keywords.
             language_models: names of those to fuse, of the decoder's `source_names`; () = none, None = all.
+            evidence: shared by the requests of one domain, for `fusion.trusted` with a memory: they are judged in the
+                order they were submitted, as in one call of `transcribe`; None = this one by itself.
 
         Returns:
             A future of the result. A recording that cannot be decoded raises its own error there.
@@ -93,11 +110,6 @@ class DecoderSession:
             chosen = self._option_record(names) if options is None else options
             planner = self._planner_of(language_models)
             rule = chosen.resolved_rule(len(planner.language_models))
-            require(
-                rule.trust is None,
-                "recordings that fusion.trusted gives up are decoded twice, which a session does not do; use "
-                "transcribe, or the rule within.",
-            )
             require(chosen.driver == "host", "a session is driven by the host; leave driver='device' out.")
             planner.check(rule)
             source = str(recording) if isinstance(recording, (str, Path)) else f"array {number}"
@@ -107,7 +119,10 @@ class DecoderSession:
             self._check_budget(job)
             if self._is_closing:
                 raise SessionError(f"the session is closed, so {source} was not taken; open another.")
-            self._queue.append(job)
+            if rule.trust is not None and planner.language_models:
+                job.second, job.evidence = self._second(chosen), evidence or Evidence()
+                self._verdicts.expect(job)
+            self._line.append(job)
             self._wakes.notify_all()
         future.add_done_callback(self._wake)
         return future
@@ -118,26 +133,29 @@ class DecoderSession:
         options: DecodingOptions | None = None,
         *,
         language_models: Sequence[str] | None = None,
+        evidence: Evidence | None = None,
         **names: Any,
     ) -> Transcription:
         """`submit` for asyncio: waits without blocking the loop; cancelling the task cancels the request."""
-        future = self.submit(recording, options, language_models=language_models, **names)
+        future = self.submit(recording, options, language_models=language_models, evidence=evidence, **names)
         return await asyncio.wrap_future(future)
 
     def statistics(self) -> SessionStatistics:
         """What waits, runs and is over, and what it cost."""
-        engine = self._engine
+        engine, clock = self._engine, self._encoder.clock
         with self._wakes:
-            queued = len(self._queue)
             return SessionStatistics(
-                queued=queued,
+                queued=len(self._line),
                 running=len(self._busy),
+                encoded=self._line.num_ahead,
                 finished=engine.num_finished,
                 failed=engine.num_failed,
-                cancelled=engine.num_cancelled + self._num_cancelled,
+                cancelled=engine.num_cancelled,
+                given_up=engine.num_given_up,
                 reserved_bytes=bytes_together(job.demands for job in self._busy),
+                encoded_bytes=self._line.encoded_bytes,
                 counts=dict(engine.clock.counts),
-                seconds=dict(engine.clock.seconds),
+                seconds={**engine.clock.seconds, **clock.seconds},
             )
 
     def close(self, cancel: bool = False) -> None:
@@ -148,12 +166,14 @@ class DecoderSession:
         """
         with self._wakes:
             self._is_closing = True
-            pending = [*self._queue, *self._busy] if cancel else []
+            pending = [*self._line, *self._busy] if cancel else []
             self._wakes.notify_all()
         for job in pending:
             job.future.cancel()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() not in self._threads:
+            with self._joins:
+                for thread in self._threads:
+                    thread.join()
 
     def __enter__(self) -> DecoderSession:
         return self
@@ -173,6 +193,16 @@ class DecoderSession:
                 self._options.clear()
             self._options[key] = DecodingOptions.of(**names)
         return self._options[key]
+
+    def _second(self, options: DecodingOptions) -> Second:
+        """The search of those whose trusted rule gives up; one record for equal options, so that they may share it."""
+        known = self._alone.get(id(options))
+        if known is None:
+            if len(self._alone) >= 256:
+                self._alone.clear()
+            known = self._alone[id(options)] = options, alone_options(options)
+        planner = self._planner_of(())
+        return Second(known[1], planner, planner.demands(known[1]))
 
     def _planner_of(self, language_models: Sequence[str] | None) -> SearchPlanner:
         if language_models is None:
@@ -197,11 +227,15 @@ class DecoderSession:
             return
         if not item.is_floating_point():
             raise InvalidArgumentError(f"features and encoder output must be floats, got {item.dtype}.")
+        if item.is_cuda:
+            job.given = torch.cuda.current_stream(item.device).record_event()
         job.seconds = float(settings.chunk_seconds)
         if is_features:
             job.features = item
         else:
             job.encoded = item.to(acoustic.scorer.device, acoustic.scorer.model.dtype)
+            if job.encoded.is_cuda:
+                job.done = torch.cuda.current_stream(job.encoded.device).record_event()
 
     def _check_budget(self, job: Job) -> None:
         budget, wanted = self.settings.memory_budget, bytes_together([job.demands])
@@ -215,49 +249,99 @@ class DecoderSession:
         with self._wakes:
             self._wakes.notify_all()
 
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run a thread; if it breaks in a way nobody foresaw, the session is closed and no future waits for ever."""
+        try:
+            work()
+        except BaseException as error:
+            logger.exception("%s ended", threading.current_thread().name)
+            with self._wakes:
+                self._is_closing = self._is_broken = True
+                left = [*self._line, *self._busy]
+                self._wakes.notify_all()
+            for job in left:
+                if not job.future.done():
+                    job.fail(SessionError(f"the session ended before {job.source} was decoded: {error!r}."))
+
     def _work(self) -> None:
-        """The session's thread."""
+        """The decoding thread."""
         while True:
             with self._wakes:
-                while not self._queue and self._engine.is_empty and not self._is_closing:
+                while not self._has_work():
                     self._wakes.wait()
                 self._wait_for_company()
-                taken = self._take()
-                if not taken and self._engine.is_empty:
-                    if self._is_closing and not self._queue:
-                        return
-                    continue
+                over = self._line.sweep()
+                taken = self._line.take(self._engine.has_room)
+                if self._is_done() and (self._is_broken or not (taken or over)):
+                    self._wakes.notify_all()
+                    return
                 self._busy += taken
+            for job in over:
+                self._engine.dismiss(job)
             waiting = self._engine.admit(taken) if taken else []
             if not self._engine.is_empty:
                 self._engine.step()
             with self._wakes:
-                self._queue.extendleft(reversed(waiting))
-                self._busy = self._engine.jobs
+                verdicts = self._verdicts.judge()
+            waiting = [*self._engine.conclude(verdicts), *waiting]
+            with self._wakes:
+                self._line.put_back(waiting)
+                running, self._busy = len(self._busy), [*self._engine.jobs, *self._engine.held]
+                if taken or over or len(self._busy) < running:
+                    self._wakes.notify_all()
+
+    def _has_work(self) -> bool:
+        if not self._engine.is_empty or self._line.is_head_ready or self._line.has_over:
+            return True
+        return self._verdicts.is_ripe or self._is_done()
+
+    def _is_done(self) -> bool:
+        if self._is_broken:
+            return True
+        return self._is_closing and not self._line and not self._busy and self._engine.is_empty
 
     def _wait_for_company(self) -> None:
-        """Where nothing runs, wait a little for others to be encoded in the same pass."""
-        if not self._engine.is_empty or not self._queue or self._is_closing:
-            return
-        until = self._queue[0].submitted + self.settings.admission_seconds
+        """Where nothing runs, wait a little for others to be encoded in the same pass, and to start together."""
         enough = min(self.settings.encoder_batch, self.settings.max_utterances)
-        while len(self._queue) < enough and not self._is_closing and (left := until - time.monotonic()) > 0:
+        while self._line and len(self._line) < enough and not self._is_closing:
+            if self._busy or not self._engine.is_empty:
+                return
+            left = self._line.head.submitted + self.settings.admission_seconds - time.monotonic()
+            if left <= 0:
+                return
             self._wakes.wait(left)
 
-    def _take(self) -> list[Job]:
-        """The next requests that fit, first come first served; cancelled ones go."""
-        taken: list[Job] = []
-        live = deque(job for job in self._queue if not job.future.cancelled())
-        for job in self._queue:
-            if job.future.cancelled():
-                job.future.set_running_or_notify_cancel()
-                self._num_cancelled += 1
-        self._queue = live
-        while self._queue and len(taken) < self.settings.encoder_batch:
-            if not self._engine.has_room(self._queue[0], taken):
-                break
-            taken.append(self._queue.popleft())
-        return taken
+    def _encode_ahead(self) -> None:
+        """The encoder's thread."""
+        num_over: int | None = None  # how many were over when memory was short, until others are
+        while True:
+            with self._wakes:
+                while True:
+                    if self._is_done():
+                        return
+                    if num_over is None or num_over != self._engine.num_over or not self._busy:
+                        self._wait_for_company()
+                        if jobs := self._line.claim():
+                            break
+                    self._wakes.wait()
+            found = self._encoded(jobs)
+            with self._wakes:
+                num_over = None
+                for job, encoded in zip(jobs, found, strict=True):
+                    if is_out_of_memory(encoded.error) and self._busy:
+                        logger.warning("%s waits for memory to be encoded (%s)", job.source, encoded.error)
+                        job.is_claimed, num_over = False, self._engine.num_over
+                    else:
+                        job.take(encoded)
+                self._wakes.notify_all()
+
+    def _encoded(self, jobs: Sequence[Job]) -> list[Encoded]:
+        """What became of each; whatever goes wrong, nobody waits for ever."""
+        try:
+            return self._encoder.encode(jobs)
+        except Exception as error:
+            logger.exception("%d recordings were not encoded", len(jobs))
+            return [Encoded(error=error) for _ in jobs]
 
 
 def _is_plain(value: Any) -> bool:

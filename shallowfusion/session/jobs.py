@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shallowfusion.config import require
@@ -16,8 +17,9 @@ from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.footprint import Demand
 from shallowfusion.search.sources import Sources
+from shallowfusion.trusting import Evidence
 
-__all__ = ["Job", "SessionSettings", "SessionStatistics"]
+__all__ = ["Encoded", "Job", "Second", "SessionSettings", "SessionStatistics", "shared_seconds"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class SessionSettings:
         max_utterances: that are searched together.
         memory_budget: bytes of keys and values they may come to hold; None = no bound. Reckoned from the longest a
             search may last, so `max_new_tokens` is what makes room.
-        encoder_batch: most recordings that are encoded between two steps, in one pass; those that run wait for it.
+        encoder_batch: most recordings that are encoded in one pass.
         admission_seconds: how long a recording that finds nothing running waits for others to be encoded with it.
+        overlap_encoder: a thread of its own reads and encodes, at most twice encoder_batch ahead; False = that is done
+            between two steps, and those that run wait; None = on CUDA.
     """
 
     max_utterances: int = 8
     memory_budget: int | None = None
     encoder_batch: int = 4
     admission_seconds: float = 0.0
+    overlap_encoder: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_utterances", "encoder_batch"):
@@ -54,6 +59,10 @@ class SessionSettings:
             isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0,
             f"admission_seconds must be finite and >= 0, got {seconds!r}.",
         )
+        require(
+            self.overlap_encoder is None or isinstance(self.overlap_encoder, bool),
+            f"overlap_encoder must be True, False or None, got {self.overlap_encoder!r}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -62,18 +71,24 @@ class SessionStatistics:
 
     Args:
         queued, running: requests that wait, and that are searched, now.
+        encoded: of those that wait, recordings that the session has encoded, or is encoding, ahead.
         finished, failed, cancelled: requests that are over.
+        given_up: requests in which a trusted rule gave the language models up, so that they were searched again.
         reserved_bytes: of keys and values, for those that run.
+        encoded_bytes: of encoder output that waits.
         counts: "row_steps" of the acoustic model, "live_rows" among them, prefix hits and so on.
         seconds: by stage.
     """
 
     queued: int
     running: int
+    encoded: int
     finished: int
     failed: int
     cancelled: int
+    given_up: int
     reserved_bytes: int
+    encoded_bytes: int
     counts: Mapping[str, int]
     seconds: Mapping[str, float]
 
@@ -84,15 +99,50 @@ class SessionStatistics:
         return self.counts.get("live_rows", 0) / rows if rows else 1.0
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one recording.
+
+    Args:
+        output: [frames, size]; None = `error` says why not, or nobody wants it any more.
+        done: recorded on the encoder's stream when the output is there; None = on the stream that reads it.
+        seconds: of sound.
+        costs: this recording's share of the seconds it took, by stage.
+    """
+
+    output: Tensor | None = None
+    done: torch.cuda.Event | None = None
+    seconds: float = 0.0
+    costs: Mapping[str, float] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Second:
+    """How a recording is searched again if its trusted rule gives the language models up."""
+
+    options: DecodingOptions
+    planner: SearchPlanner
+    demands: Mapping[Hashable, Demand]
+
+
 @dataclass(eq=False)
 class Job:
-    """One request.
+    """One request. The decoding thread alone ends its future, which others may cancel.
 
     Args:
         item: the recording, or features or encoder output of one.
         demands: keys and values it may need, by model.
         seconds: of sound.
         encoded: [frames, size].
+        given: on the caller's stream, when tensors of the request are there.
+        done: on the encoder's stream, when `encoded` is there.
+        costs: its share of the seconds of reading and encoding, by stage.
+        error: why it could not be encoded.
+        is_claimed: the encoder's thread has it, or had.
+        second: for a trusted rule; None once it was judged.
+        evidence: shared by requests whose trusted rule has a memory.
+        fused: the result that waits for its verdict; `prior`: timing of the search that was given up.
         own, place: once admitted, what its cohort searches with, and which of its utterances it is.
         timing: of its admission; its share of the steps comes to it.
         before: what each utterance's share of the steps was when it came.
@@ -108,10 +158,26 @@ class Job:
     seconds: float = 0.0
     features: Tensor | None = None
     encoded: Tensor | None = None
+    given: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+    error: Exception | None = None
+    is_claimed: bool = False
+    second: Second | None = None
+    evidence: Evidence | None = None
+    fused: Transcription | None = None
+    prior: Timing | None = None
     own: Sources | None = None
     place: int = 0
     timing: Timing | None = None
     before: Mapping[str, float] = field(default_factory=dict)
+
+    def take(self, encoded: Encoded) -> None:
+        """Go on with what became of its recording."""
+        self.error = encoded.error
+        if encoded.output is not None:
+            self.encoded, self.done, self.costs = encoded.output, encoded.done, encoded.costs
+            self.seconds, self.features = encoded.seconds, None
 
     def finish(self, result: Transcription) -> bool:
         """Give the result to whoever waits; False if it was cancelled in the meantime."""
@@ -126,3 +192,8 @@ class Job:
         if is_wanted:
             self.future.set_exception(error)
         return is_wanted
+
+
+def shared_seconds(seconds: Mapping[str, float], before: Mapping[str, float], count: int) -> dict[str, float]:
+    """What one of `count` has to bear, by stage, of the seconds that were added."""
+    return {stage: (own - before.get(stage, 0.0)) / max(1, count) for stage, own in seconds.items()}

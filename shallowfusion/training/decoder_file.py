@@ -15,6 +15,7 @@ from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion.parsing import parse_rule
 from shallowfusion.options import DecodingOptions
 from shallowfusion.scorers.fingerprints import tensor_fingerprint
+from shallowfusion.search.bridging import BRIDGES, LmBridge
 from shallowfusion.training.calibration import Calibration
 
 __all__ = ["DecoderFile", "saved_options", "with_calibration"]
@@ -38,6 +39,7 @@ class DecoderFile:
         calibration: temperatures in force, None = 1 for all.
         chosen_on: what the choice rests on, for people.
         internal_context: file of train-ilm that internal_lm(variant="trained") stands on, and its fingerprint.
+        lm_bridge: how language models on another tokenizer were joined, None = not at all.
     """
 
     asr: str
@@ -48,17 +50,26 @@ class DecoderFile:
     calibration: Calibration | None = None
     chosen_on: Mapping[str, Any] = field(default_factory=dict)
     internal_context: tuple[str, str] | None = None
+    lm_bridge: LmBridge | None = None
+
+    def __post_init__(self) -> None:
+        require(self.lm_bridge in (None, *BRIDGES), f"lm_bridge must be 'bytes' or None, got {self.lm_bridge!r}.")
 
     def decoding_options(self) -> DecodingOptions:
         """The options of the file with its rule."""
         return DecodingOptions.of(**self.options, rule=parse_rule(self.rule))
 
     def check(self, decoder: FusionDecoder) -> None:
-        """Raises InvalidArgumentError if other models are loaded than the file was made with."""
+        """Raises InvalidArgumentError if other models are loaded than the file was made with, or otherwise joined."""
         require(
             decoder.fingerprints == self.fingerprints,
             f"the decoder file was made for models {', '.join(self.fingerprints)}, but "
             f"{', '.join(decoder.fingerprints)} are loaded; tune again with shallowfusion tune.",
+        )
+        require(
+            decoder.lm_bridge == self.lm_bridge,
+            f"the decoder file was made with lm_bridge={self.lm_bridge!r}, but the decoder has {decoder.lm_bridge!r}; "
+            'give it that of the file, write "lm_bridge" into a file from before it was kept, or tune again.',
         )
         if self.internal_context is not None:
             path, wanted = self.internal_context
@@ -86,6 +97,7 @@ class DecoderFile:
             "fingerprints": list(self.fingerprints),
             "calibration": None if self.calibration is None else self.calibration.as_data(),
             "chosen_on": dict(self.chosen_on),
+            "lm_bridge": self.lm_bridge,
         }
         if self.internal_context is not None:
             name, digits = self.internal_context
@@ -118,6 +130,7 @@ class DecoderFile:
                 calibration=None if calibration is None else Calibration.from_data(calibration),
                 chosen_on=dict(record["chosen_on"]),
                 internal_context=None if context is None else (_towards(context["file"], path), context["fingerprint"]),
+                lm_bridge=record.get("lm_bridge"),
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidArgumentError(

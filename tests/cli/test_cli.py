@@ -43,6 +43,34 @@ def test_json_holds_scores_and_options_reach_the_decoder(capsys) -> None:
         assert words in record["rule"]
 
 
+def test_prompt_and_driver_reach_the_decoder(capsys) -> None:
+    given = ("transcribe", clip(2), "--asr", ASR, "--lm", MEDICAL, "--lm-weight", 0.9, "--json")
+    prompt = "The patient has a stent."
+    code, out, _ = run(capsys, *given, "--lm-prompt", prompt, "--driver", "device")
+    assert code == 0
+    wanted = decoder().transcribe([clip(2)], lm_weight=0.9, lm_prompt=prompt, driver="device")[0]
+    plain = decoder().transcribe([clip(2)], lm_weight=0.9)[0]
+    parts = json.loads(out)["n_best"][0]["parts"]
+    assert parts["lm"] == pytest.approx(wanted.n_best[0].parts["lm"], abs=1e-3)
+    assert parts["lm"] != pytest.approx(plain.n_best[0].parts["lm"], abs=1e-3)
+
+
+def test_where_ngrams_are_looked_up_reaches_the_decoder(capsys, monkeypatch) -> None:
+    seen: list[tuple] = []
+
+    def remember(*given):
+        seen.append(given)
+        return decoder()
+
+    monkeypatch.setattr("shallowfusion.decoder.FusionDecoder.from_pretrained", remember)
+    given = ("transcribe", clip(2), "--asr", ASR, "--lm", "pieces.arpa")
+    assert run(capsys, *given, "--ngram-lookups", "candidates")[0] == 0
+    assert run(capsys, *given)[0] == 0
+    assert [arguments[-1] for arguments in seen] == ["candidates", "auto"]
+    code, _, error = run(capsys, *given, "--ctc-rescore", 0.5, "--ngram-lookups", "rows")
+    assert (code, "ngram_lookups" in error) == (2, True)
+
+
 def test_a_failing_file_is_listed_and_the_others_are_transcribed(capsys, tmp_path: Path) -> None:
     (tmp_path / "notes.wav").write_text("no audio here")
     code, out, err = run(

@@ -79,6 +79,22 @@ CHOICES = st.fixed_dictionaries(
 )
 
 
+WIDE = CtcAlphabet(("_", "|", "a", "b", "é", "'", *(chr(0x4E00 + i) for i in range(130))), delimiter=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(CHOICES, st.integers(0, 2**31), st.integers(1, 5))
+def test_twins_agree_where_labels_are_too_many_to_remember(chosen: Any, seed: int, frames: int) -> None:
+    phrases = {"a": 2.0, "b a": 4.5, "ab": -2.0, "é'b": 6.0, "一丁": 3.0, "b": 1.0}
+    options = CtcOptions(**(chosen | {"hotwords": phrases, "top_labels": 12}))
+    log_probs = random_log_probs(seed, (1, frames, len(WIDE.labels)))
+    log_probs[:, :, :8] += 6.0
+    log_probs -= np.logaddexp.reduce(log_probs, axis=2, keepdims=True)
+    twins = (made(WIDE, options, None, 1) for made in (CtcSearch, ReferenceCtcSearch))
+    (one,), (other,) = (searched(search, log_probs, 50) for search in twins)
+    assert_same(one, other)
+
+
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 3), CHOICES, st.integers(0, 2**31), st.integers(0, 12), st.booleans())
 def test_twins_agree_with_phrases(which: int, chosen: Any, seed: int, frames: int, has_lm: bool) -> None:

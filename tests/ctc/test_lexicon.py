@@ -137,3 +137,14 @@ def test_the_core_refuses_labels_and_words_out_of_range(table) -> None:
         LexiconSearch(5, BLANK, SILENCE, LexiconWords(None, [0, 0]))
     with pytest.raises(InvalidArgumentError):
         LexiconSearch(5, BLANK, SILENCE, LexiconWords([[[2]]], [10**6]), None, table)
+
+
+def test_the_core_refuses_other_widths_and_a_lexicon_of_more_words() -> None:
+    """Whatever the caller says of them: the numbers would be read past their end."""
+    small = LexiconSearch(5, BLANK, SILENCE, LexiconWords(None, [0] * 5))
+    with pytest.raises(InvalidArgumentError):
+        small._native.step(emissions=np.zeros((3, 4), np.float32))
+    large = LexiconSearch(5, BLANK, SILENCE, LexiconWords([[[2]], [[3]], [[4, 3]]], [0, 0, 0]))
+    large._words = LexiconWords([[[2]]], [0])
+    with pytest.raises(InvalidArgumentError):
+        large._made()

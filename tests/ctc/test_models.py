@@ -15,6 +15,7 @@ from shallowfusion.cli.main import main
 from shallowfusion.ctc.decoder import CTCDecoder
 from shallowfusion.ctc.models import is_ctc_model, load_ctc_model
 from shallowfusion.errors import AudioError, InvalidArgumentError, ModelError, VocabularyError
+from shallowfusion.scorers.preparation import Int8Linear
 from tests.ctc.tiny_models import KINDS, LETTERS, PIECES, save_tiny_model
 from tests.shipped import ASR, MEDICAL, clip
 
@@ -71,6 +72,32 @@ def test_batches_change_nothing_and_frames_fit(directories: dict[str, str], kind
         said = torch.isfinite(alone[0, : count[0]])
         assert torch.equal(together[i, : count[0]].argmax(dim=1), alone[0, : count[0]].argmax(dim=1))
         torch.testing.assert_close(together[i, : count[0]][said], alone[0, : count[0]][said], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wavlm"])
+def test_int8_hears_what_float32_hears(directories: dict[str, str], kind: str) -> None:
+    plain, whole = (load_ctc_model(directories[kind], CPU, dtype) for dtype in (torch.float32, torch.int8))
+    rounded = [module for module in whole.model.modules() if isinstance(module, Int8Linear)]
+    linear = [module for module in plain.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(rounded) == len(linear) > 0
+    assert not any(isinstance(module, torch.nn.Linear) for module in whole.model.modules())
+    samples = [torch.from_numpy(own) for own in recordings()]
+    (wanted, lengths), (found, counts) = plain.log_probs(samples), whole.log_probs(samples)
+    assert found.dtype == torch.float32
+    assert counts.tolist() == lengths.tolist()
+    assert torch.equal(torch.isneginf(found), torch.isneginf(wanted))
+    best = [own.argmax(2)[torch.arange(own.shape[1]) < torch.from_numpy(lengths)[:, None]] for own in (wanted, found)]
+    assert not torch.equal(wanted, found)
+    assert float((best[0] == best[1]).float().mean()) > 0.95
+    alone, _ = whole.log_probs(samples[:1])
+    torch.testing.assert_close(alone[0], found[0, : len(alone[0])], rtol=0.05, atol=1.5)
+
+
+def test_int8_is_refused_where_weights_are_read_directly(directories: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgumentError, match="WavLMForCTC reads the weights of one"):
+        CTCDecoder.from_pretrained(directories["wavlm"], device="cpu", dtype="int8")
+    decoder = CTCDecoder.from_pretrained(directories["hubert"], device="cpu", dtype="int8", threads=1)
+    assert decoder.transcribe(recordings(1), beam_size=10)[0].text
 
 
 def test_labels_come_from_the_tokenizer(directories: dict[str, str]) -> None:

@@ -72,6 +72,18 @@ def test_a_failed_utterance_stays_failed_while_others_go_on(any_search_class: ty
     assert [result.error is None for result in search.end(state)] == [True, False, True]
 
 
+@pytest.mark.parametrize("weights", [{"length_bonus": 800.0}, {"word_bonus": 1e300}])
+def test_weights_past_the_range_of_float64_are_said(weights: dict[str, Any]) -> None:
+    search = CtcSearch(WORDS, CtcOptions(**weights))
+    state = search.begin(2)
+    for _ in range(3):
+        search.step(state, random_log_probs(2, (2, 8, 6)))
+        search.set_extras(state, [[0.0] * len(own) for own in search.live(state)])
+    for result in search.end(state):
+        with pytest.raises(AcousticScoresError, match="past the range of float64; make weights"):
+            _ = result.best
+
+
 BAD_ARRAYS: list[Any] = [
     np.zeros((2, 3)),
     np.zeros((2, 3, 5)),

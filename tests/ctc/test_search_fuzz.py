@@ -127,11 +127,17 @@ def test_the_binding_never_crashes_with_a_table(data: st.DataObject) -> None:
         arrays = table.arrays()
         assert [len(array) for array in arrays] == [count + 1, count + 2, *[count + 1] * 4]
         language = _native.CtcLanguage()
-        for name in ("weight", "word_bonus", "label_bonus", "unknown_word", "unknown_prefix"):
+        for name in ("weight", "word_bonus", "label_bonus", "unknown_word"):
             setattr(language, name, draw(st.floats()))
+        language.unknown_prefixes = draw(st.lists(st.floats(), max_size=33))
         language.score_end, language.score_empty_word = draw(st.booleans()), draw(st.booleans())
-        words = st.tuples(st.text(max_size=2), st.integers(-1, 5), st.booleans())
+        words = st.tuples(st.text(max_size=2), st.integers(-1, 5), st.integers(-1, 2**32))
         lexicon = _native.CtcLexicon(words=draw(st.lists(words, max_size=3))) if draw(st.booleans()) else None
+        if draw(st.booleans()):
+            answer = draw(st.tuples(st.floats(), st.integers(-1, 2**32)))
+            table = _native.AskedTable(
+                score=lambda *_: answer, end=lambda _: answer[0], num_words=count, unknown_word=draw(st.integers(0, 4))
+            )
         language.set_table(table=table, lexicon=lexicon)
         rules = _native.CtcRules(blank=0, delimiter=draw(st.integers(-1, 3)), beam_size=draw(st.integers(1, 9)))
         rules.last_times, rules.merge_texts = draw(st.booleans()), draw(st.booleans())

@@ -1,134 +1,54 @@
-// Random calls, good and bad, of the page pool and the beam state under sanitizers; see `make sanitize`.
-#include <cmath>
-#include <cstdio>
-#include <random>
-#include <stdexcept>
-#include <vector>
+// Random calls, good and bad, of the C++ core under sanitizers: `build/sanitized/fuzz [SEED [SHARE]]`; see `make fuzz`.
+#include "fuzz.h"
 
-#include "beam_state.h"
-#include "page_pool.h"
+#include <cstdlib>
 
 namespace {
 
-using namespace shallowfusion;
+struct Part {
+  const char* name;
+  int rounds;
+  bool (*run)();
+};
 
-constexpr int kRounds = 3000;
-std::mt19937 generator(1);
-long refusals = 0;
-
-int draw(int lowest, int highest) { return std::uniform_int_distribution<int>(lowest, highest)(generator); }
-
-int place_in(const std::vector<int64_t>& values) { return draw(0, static_cast<int>(values.size()) - 1); }
-
-void call_pool(PagePool& pool, std::vector<int64_t>& live) {
-  const int action = draw(0, 6);
-  const int64_t count = static_cast<int64_t>(live.size());
-  if (action == 0 || live.empty()) {
-    live.push_back(pool.create());
-  } else if (action == 1) {
-    live.push_back(pool.fork(live[place_in(live)]));
-  } else if (action == 2) {
-    const int place = place_in(live);
-    pool.release(live[place]);
-    live.erase(live.begin() + place);
-  } else if (action == 3) {
-    pool.append(live[place_in(live)], draw(0, 9));
-  } else if (action == 4) {
-    std::vector<int32_t> slots(live.size());
-    pool.append_each(live.data(), count, slots.data());
-  } else if (action == 5) {
-    std::vector<int64_t> parents(draw(0, 6));
-    for (int64_t& parent : parents) parent = draw(-1, static_cast<int>(count));  // both ends are out of range
-    std::vector<int64_t> forked(parents.size());
-    pool.reorder(live.data(), count, parents.data(), static_cast<int64_t>(parents.size()), forked.data());
-    live = forked;
-  } else {
-    std::vector<uint8_t> visible(live.size() * pool.high_water());
-    pool.visibility(live.data(), count, visible.data());
-    pool.release(draw(-5, 1 << 20));  // unknown
-  }
-}
-
-bool fuzz_pool() {
-  PagePool pool(draw(1, 60), draw(1, 4));
-  std::vector<int64_t> live;
-  for (int call = 0; call < 60; ++call) {
-    try {
-      call_pool(pool, live);
-    } catch (const std::exception&) {
-      ++refusals;
-    }
-  }
-  for (const int64_t sequence : live) {
-    pool.slots(sequence);
-    pool.pages(sequence);
-    pool.release(sequence);
-  }
-  return pool.num_used() == 0 && pool.num_sequences() == 0;
-}
-
-void advance(BeamState& state, const std::vector<int64_t>& running, int step) {
-  const size_t num_candidates = static_cast<size_t>(2 * state.beam_size());
-  const size_t count = running.size() * num_candidates;
-  const size_t lanes = running.size() * static_cast<size_t>(state.beam_size());
-  std::vector<float> totals(count), parts(count * static_cast<size_t>(state.num_parts()), -1.0f), out_totals(lanes);
-  std::vector<int64_t> parents(count), tokens(count), out_tokens(lanes), out_parents(lanes);
-  std::vector<uint8_t> done(running.size());
-  for (size_t i = 0; i < count; ++i) {
-    const bool is_first = i % num_candidates == 0;
-    const int num_live = static_cast<int>(state.num_live(running[i / num_candidates]));
-    const float before = is_first || std::isinf(totals[i - 1]) ? static_cast<float>(-step) : totals[i - 1];
-    totals[i] = draw(0, 30) ? before - 0.1f * static_cast<float>(draw(0, 3)) : -INFINITY;
-    parents[i] = draw(0, 40) ? draw(0, num_live > 0 ? num_live - 1 : 0) : draw(-1, 9);
-    tokens[i] = draw(0, 5);
-  }
-  state.advance({static_cast<int64_t>(running.size()), static_cast<int64_t>(num_candidates), running.data(),
-                 totals.data(), parents.data(), tokens.data(), parts.data()},
-                {out_tokens.data(), out_parents.data(), out_totals.data(), reinterpret_cast<bool*>(done.data())});
-}
-
-bool fuzz_beams() {
-  BeamRules rules{};
-  rules.beam_size = draw(1, 5);
-  rules.end_ids = {3};
-  rules.max_new_tokens = draw(1, 9);
-  rules.stop_rule = static_cast<StopRule>(draw(0, 2));
-  rules.length_penalty = 1.0;
-  rules.early_stopping = static_cast<EarlyStopping>(draw(0, 2));
-  rules.patience = 1.0;
-  rules.recombination = static_cast<Recombination>(draw(0, 2));
-  const int num_utterances = draw(1, 3);
-  BeamState state(rules, num_utterances, draw(0, 3));
-  for (int step = 0; step < 12; ++step) {
-    std::vector<int64_t> running;
-    for (int utterance = 0; utterance < num_utterances; ++utterance) {
-      if (!state.is_done(utterance)) running.push_back(utterance);
-    }
-    if (running.empty()) break;
-    try {
-      if (draw(0, 20) == 0) state.force_finish(running.front());
-      else advance(state, running, step);
-    } catch (const std::exception&) {
-      ++refusals;
-    }
-  }
-  for (int utterance = 0; utterance < num_utterances; ++utterance) {
-    state.force_finish(utterance);
-    state.results(utterance, draw(1, 9));
-    state.release(utterance);
-  }
-  return state.num_nodes() == 0;
-}
+// Rounds that take some seconds each.
+constexpr Part kParts[] = {
+    {"page pools", 3000, fuzz::fuzz_pool},
+    {"beam states", 3000, fuzz::fuzz_beams},
+    {"beam mirrors", 3000, fuzz::fuzz_mirror},
+    {"ARPA files", 30000, fuzz::fuzz_arpa},
+    {"n-gram tables", 3000, fuzz::fuzz_table},
+    {"phrase automata", 3000, fuzz::fuzz_phrases},
+    {"CTC searches", 2000, fuzz::fuzz_ctc},
+    {"CTC prefix scores", 2000, fuzz::fuzz_prefix_scores},
+    {"lexicon searches", 2000, fuzz::fuzz_lexicon_search},
+    {"fused steps", 2000, fuzz::fuzz_step},
+    {"row statistics", 2000, fuzz::fuzz_statistics},
+    {"range sums", 2000, fuzz::fuzz_ranges},
+    {"rounded rows", 2000, fuzz::fuzz_rounding},
+};
 
 }  // namespace
 
-int main() {
-  for (int round = 0; round < kRounds; ++round) {
-    if (!fuzz_pool() || !fuzz_beams()) {
-      std::printf("round %d left something behind\n", round);
+int main(int count, char** arguments) {
+  const auto seed = static_cast<unsigned>(count > 1 ? std::atoi(arguments[1]) : 1);
+  const double share = count > 2 ? std::atof(arguments[2]) : 1.0;
+  for (const Part& part : kParts) {
+    fuzz::refusals = 0;
+    const int rounds = static_cast<int>(part.rounds * share);
+    for (int round = 0; round < rounds; ++round) {
+      // Each round can be run alone: its draws depend on nothing before it.
+      fuzz::generator.seed(seed + 1000003u * static_cast<unsigned>(round));
+      try {
+        if (part.run()) continue;
+      } catch (const std::exception& error) {
+        std::printf("%s\n", error.what());
+      }
+      std::printf("%s: round %d of seed %u failed\n", part.name, round, seed);
       return 1;
     }
+    std::printf("%d %s, %ld bad calls refused\n", rounds, part.name, fuzz::refusals);
+    std::fflush(stdout);
   }
-  std::printf("%d page pools and %d beam states fuzzed, %ld bad calls refused\n", kRounds, kRounds, refusals);
   return 0;
 }

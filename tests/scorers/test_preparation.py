@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-from shallowfusion.ctc.models import load_ctc_model
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.demo.shipped import HERE, lm_weights, model_directory, read_manifest
 from shallowfusion.errors import InvalidArgumentError
@@ -36,6 +35,17 @@ def test_an_int8_layer_is_the_product_of_rounded_rows(rows: int, inputs: int, ou
     assert ((found - wanted).abs() <= 1e-5 * (spread + 1)).all()
     exact = given.double() @ weight.double().T
     assert (found - bias.double() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_few_rows_and_many_give_the_same() -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randn(70, 64), torch.randn(70))
+    given = torch.randn(60, 64)
+    many = layer(given)
+    for few in (1, 5, 24):
+        torch.testing.assert_close(layer(given[:few]), many[:few], atol=1e-6, rtol=1e-6)
+    only_many = Int8Linear(torch.randn(70, 64), None, few_rows=False)
+    assert only_many(given[:2]).shape == (2, 70)
 
 
 def test_a_transposed_weight_is_taken_for_what_it_is() -> None:
@@ -154,7 +164,5 @@ def test_int8_is_refused_where_it_cannot_run() -> None:
     assert choose_dtype("int8", CPU) == torch.int8
     with pytest.raises(InvalidArgumentError, match="is for the CPU, got device cuda"):
         check_int8(torch.device("cuda"))
-    with pytest.raises(InvalidArgumentError, match="is for Whisper and causal"):
-        load_ctc_model("anything", CPU, torch.int8)
     with pytest.raises(InvalidArgumentError, match="dtype must be"):
         choose_dtype("int4", CPU)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from shallowfusion import _native
 from shallowfusion.errors import InvalidArgumentError
-from shallowfusion.scorers.row_rounding import round_rows, round_rows_reference, scale_rows, scale_rows_reference
+from shallowfusion.scorers.row_rounding import (
+    int8_rows,
+    int8_rows_reference,
+    packed_int8,
+    round_rows,
+    round_rows_reference,
+    scale_rows,
+    scale_rows_reference,
+    unpacked_int8,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -94,3 +104,82 @@ def test_the_binding_refuses_what_it_cannot_read(wrong: dict[str, int]) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"must be"):
         _native.round_rows(**{**good, **wrong})
+
+
+needs_vnni = pytest.mark.skipif(not _native.has_int8_product(), reason="needs AVX-512 VNNI")
+
+
+def int8_case(
+    seed: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    values = (torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+    weights = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8)
+    return values, weights, torch.rand(outputs) * 0.02, torch.randn(outputs)
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16])
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 20),
+    inputs=st.integers(1, 80),
+    outputs=st.integers(1, 150),
+    with_bias=st.booleans(),
+    threads=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=40)
+def test_products_of_rounded_rows_are_exact(
+    dtype: torch.dtype,
+    made: torch.dtype,
+    seed: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    with_bias: bool,
+    threads: int,
+) -> None:
+    values, weights, scales, bias = int8_case(seed, rows, 4 * inputs, outputs, dtype)
+    packed, shift = packed_int8(weights), bias if with_bias else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = int8_rows(values, packed, scales, shift, made)
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == made
+    assert torch.equal(found, int8_rows_reference(values, weights, scales, shift, made))
+    assert torch.equal(unpacked_int8(packed, outputs, 4 * inputs), weights)
+
+
+@needs_vnni
+def test_not_a_number_spoils_only_its_row() -> None:
+    values, weights, scales, bias = int8_case(1, 3, 32, 20, torch.float32)
+    values[1, 5] = float("nan")
+    for made in (torch.float32, torch.bfloat16):
+        found = int8_rows(values, packed_int8(weights), scales, bias, made)
+        assert found[1].isnan().all()
+        assert found[[0, 2]].isfinite().all()
+    assert int8_rows(values[:0], packed_int8(weights), scales, bias).shape == (0, 20)
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": 6}, "multiple of 4"), ({"inputs": 1 << 17}, "multiple of 4"), ({"outputs": 0}, "outputs must be"),
+        ({"rows": 0}, "rows"), ({"dtype": 1}, "dtype code"), ({"output_dtype": 7}, "dtype code"),
+        ({"threads": 0}, "threads"), ({"packed": 0}, "packed must be"), ({"bias": 2}, "bias must be"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_border_of_products_checks_what_it_is_given(change: dict[str, int], message: str) -> None:
+    memory = torch.zeros(1024)
+    arguments = dict.fromkeys(("values", "packed", "scales", "bias", "output"), memory.data_ptr())
+    arguments |= {"dtype": 0, "output_dtype": 0, "rows": 1, "inputs": 4, "outputs": 16, "threads": 1}
+    _native.int8_product(**arguments)
+    with pytest.raises(ValueError, match=message):
+        _native.int8_product(**{**arguments, **change})
+    with pytest.raises(ValueError, match="multiple of 4"):
+        _native.pack_int8(weights=memory.data_ptr(), outputs=1, inputs=3, packed=memory.data_ptr())

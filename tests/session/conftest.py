@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 from shallowfusion.decoder import FusionDecoder
+from shallowfusion.features.log_mel import FeatureSettings
 from shallowfusion.results import Transcription
+from shallowfusion.scorers.base import Context
+from shallowfusion.scorers.loading import AcousticModel
+from shallowfusion.scorers.whisper import WhisperScorer
 from shallowfusion.session.front import DecoderSession
 from tests.tiny import random_encoder_output, tiny_lm, tiny_whisper
 
@@ -74,3 +79,50 @@ def assert_nothing_is_left(session: DecoderSession) -> None:
     assert engine.jobs == []
     assert engine.reserved_bytes == 0
     assert session.statistics().queued == session.statistics().running == 0
+
+
+class GatedScorer(WhisperScorer):
+    """A Whisper whose encoder, or whose start of a search, can be held back and made to fail.
+
+    Args:
+        heard: sizes of the encoder's passes. `on_encode`, `on_start`: called before each pass or search.
+    """
+
+    def __init__(self, acoustic: AcousticModel) -> None:
+        super().__init__(acoustic.scorer.model, acoustic.scorer.vocabulary)
+        self.heard: list[int] = []
+        self.num_starts = 0
+        self.on_encode: Callable[[torch.Tensor], None] = lambda features: None
+        self.on_start: Callable[[int], None] = lambda number: None
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        self.heard.append(len(features))
+        self.on_encode(features)
+        return super().encode(features)
+
+    def start(self, context: Context) -> Any:
+        self.num_starts += 1
+        self.on_start(self.num_starts)
+        return super().start(context)
+
+
+@pytest.fixture
+def hearing() -> FusionDecoder:
+    """A decoder that hears a second of sound, with a gated scorer."""
+    acoustic = tiny_whisper(1)
+    features = FeatureSettings(feature_size=16, sampling_rate=9600, chunk_seconds=1)
+    acoustic = dataclasses.replace(acoustic, scorer=GatedScorer(acoustic), features=features)
+    return FusionDecoder(acoustic, [tiny_lm(2)])
+
+
+@pytest.fixture(scope="session")
+def sounds() -> list[torch.Tensor]:
+    """Twelve recordings of up to a second."""
+    draw = torch.Generator().manual_seed(3)
+    return [0.1 * torch.randn(1000 + 700 * i, generator=draw) for i in range(12)]
+
+
+def alone_on(decoder: FusionDecoder, sound: torch.Tensor, **options: Any) -> Transcription:
+    """The same recording without a session."""
+    (result,) = decoder.transcribe([sound], overlap_encoder=False, **options)
+    return result

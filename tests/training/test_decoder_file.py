@@ -24,6 +24,7 @@ OPTIONS = [
     DecodingOptions(beam_size=7, length_bonus=0.25, end_threshold=None, suppress_tokens=[3, 4], suppress_blank=False),
     DecodingOptions(stop_rule="whisper", length_penalty=None, patience=2.0, early_stopping="never"),
     DecodingOptions(hotwords=["Fallot", "stent"], hotword_weight=3.0, no_repeat_ngram_size=4, initial_prompt="a b"),
+    DecodingOptions(lm_prompt="a report of the heart", driver="device"),
     DecodingOptions(end_policy="asr_only", min_new_tokens=2, max_new_tokens=40, asr_temperature=1.5),
 ]
 
@@ -114,3 +115,30 @@ def test_the_trained_context_is_named_with_its_fingerprint_and_another_is_refuse
     for context in (wrong, None):
         with pytest.raises(InvalidArgumentError, match="was made with the internal context"):
             found.check(FusionDecoder(decoder().acoustic, models, context))
+
+
+def test_the_bridge_is_kept_and_checked(tmp_path: Path) -> None:
+    own = replace(file(DecodingOptions()), fingerprints=decoder().fingerprints, lm_bridge="bytes")
+    own.save(tmp_path / "d.json")
+    found = DecoderFile.load(tmp_path / "d.json")
+    assert found == own
+    arguments = argparse.Namespace(config=tmp_path / "d.json", keep_blank=False, hotword=None)
+    apply_configuration(arguments)
+    assert arguments.lm_bridge == "bytes"
+    acoustic, models = decoder().acoustic, decoder().language_models
+    found.check(FusionDecoder(acoustic, models, lm_bridge="bytes"))
+    with pytest.raises(InvalidArgumentError, match="made with lm_bridge='bytes', but the decoder has None"):
+        found.check(FusionDecoder(acoustic, models))
+    with pytest.raises(InvalidArgumentError, match='write "lm_bridge" into a file from before'):
+        replace(own, lm_bridge=None).check(FusionDecoder(acoustic, models, lm_bridge="bytes"))
+
+
+def test_files_from_before_the_bridge_was_kept_are_read(tmp_path: Path) -> None:
+    file(DecodingOptions()).save(tmp_path / "d.json")
+    record = json.loads((tmp_path / "d.json").read_text())
+    del record["lm_bridge"]
+    (tmp_path / "d.json").write_text(json.dumps(record))
+    assert DecoderFile.load(tmp_path / "d.json").lm_bridge is None
+    (tmp_path / "d.json").write_text(json.dumps(record | {"lm_bridge": "words"}))
+    with pytest.raises(InvalidArgumentError, match="lm_bridge must be 'bytes' or None"):
+        DecoderFile.load(tmp_path / "d.json")
