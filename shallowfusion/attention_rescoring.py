@@ -175,7 +175,8 @@ class AttentionRescorer:
             hypotheses = []
             for k, ((text, ctc), tokens) in enumerate(zip(own, own_ids, strict=True)):
                 totals = {"ctc": ctc, **{name: sums[first + k] for name, sums in zip(names, said, strict=True)}}
-                hypotheses.append(self._hypothesis(text, tokens, scores[k], totals))
+                words = one.n_best[k].words if one.n_best else ()
+                hypotheses.append(replace(self._hypothesis(text, tokens, scores[k], totals), words=words))
             first += len(own)
             ranked = () if one.error else self._ranked(hypotheses, chosen)
             answers.append(replace(one, n_best=ranked, rule=chosen.rule))
@@ -188,14 +189,14 @@ class AttentionRescorer:
             log_probs = self.head.log_probs(encoder_output)
             limit = log_probs.shape[1]
             lengths = None if seconds is None else np.array([self.head.num_frames(own, limit) for own in seconds])
-            return self.ctc.decode(log_probs, lengths, self.options, n_best=size)
+            return self.ctc.decode(log_probs, lengths, self.options, n_best=size, layout="UFL")
         require(
             frames is not None and len(frames.log_probs) == len(encoder_output),
             f"ctc_frames must hold what the CTC model heard of each of the {len(encoder_output)} utterances, got "
             f"{'none' if frames is None else len(frames.log_probs)}; transcribe makes them from recordings.",
         )
         assert frames is not None
-        return self.ctc.decode(frames.log_probs, frames.lengths, self.options, n_best=size)
+        return self.ctc.decode(frames.log_probs, frames.lengths, self.options, n_best=size, layout="UFL")
 
     def _said(self, hypothesis: Hypothesis) -> tuple[str, float]:
         """A text of the CTC search as the other models read it, and all that the search says of it but its LM."""

@@ -11,7 +11,7 @@ from shallowfusion.config import Driver
 from shallowfusion.errors import ShallowFusionError
 from shallowfusion.fusion.rescore import rescore
 from shallowfusion.fusion.rules import Rule
-from shallowfusion.values import Hypothesis, Span
+from shallowfusion.values import Hypothesis, Span, Token, Word
 
 if TYPE_CHECKING:
     from shallowfusion.search.stage_clock import StageClock
@@ -114,6 +114,11 @@ class Transcription:
         return self.best.flags
 
     @property
+    def words(self) -> tuple[Word, ...]:
+        """The words with their times; none where times are not known."""
+        return self.best.words
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """What lies between timestamps, their texts together the result's text; without timestamps the whole window.
 
@@ -141,6 +146,8 @@ class Transcription:
             {**segment.__dict__, "tokens": list(segment.tokens), "seek": 0, "temperature": 0.0, "no_speech_prob": 0.0}
             for segment in self.segments
         ]
+        if self.words:
+            segments[0]["words"] = [dict(word.__dict__) for word in self.words]
         return {"text": self.text, "segments": segments, "language": self.language}
 
     def to_faster_whisper(self) -> tuple[tuple[Segment, ...], dict[str, Any]]:
@@ -161,6 +168,7 @@ class Transcription:
             "language": self.language,
             "duration": self.duration,
             "flags": list(self.flags),
+            "words": [dict(word.__dict__) for word in self.words],
             "rule": repr(self.rule),
             **({} if self.best.spans is None else {"segments": [_segment_json(segment) for segment in self.segments]}),
             "n_best": [_hypothesis_json(hypothesis) for hypothesis in self.n_best],
@@ -198,9 +206,12 @@ def _hypothesis_json(hypothesis: Hypothesis) -> dict[str, Any]:
         "score": hypothesis.score,
         "parts": dict(hypothesis.parts),
         "flags": list(hypothesis.flags),
+        "words": [dict(word.__dict__) for word in hypothesis.words],
         "token_ids": list(hypothesis.token_ids),
-        "tokens": [
-            {"id": token.id, "text": token.text, "total": token.total, "parts": dict(token.parts)}
-            for token in hypothesis.tokens
-        ],
+        "tokens": [_token_json(token) for token in hypothesis.tokens],
     }
+
+
+def _token_json(token: Token) -> dict[str, Any]:
+    found = {"id": token.id, "text": token.text, "total": token.total, "parts": dict(token.parts)}
+    return found if token.start is None else {**found, "start": token.start, "end": token.end}

@@ -9,7 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 __all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "Span", "StepRequest", "Token", "Unmapped"]
+=======
+__all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "StepRequest", "Token", "Unmapped", "Word"]
+>>>>>>> ctcb
 
 Combine = Literal["log_linear", "mixture"]
 Normalize = Literal["none", "local", "end_factored"]
@@ -162,12 +166,28 @@ class Token:
         total: its increment of the hypothesis's total, nats.
         parts: each source's own log-prob of it, unweighted, by source name ("asr", "lm", ...); where a source has no
             counterpart for it, or the end policy sets it apart, what was charged in its place.
+        start, end: seconds into the recording; None = not known.
     """
 
     id: int
     text: str
     total: float
     parts: Mapping[str, float]
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and where it is said; field names as in openai-whisper.
+
+    Args:
+        start, end: seconds into the recording, from the first frame of the word's first label to the end of its last.
+    """
+
+    word: str
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -202,7 +222,11 @@ class Hypothesis:
         flags: "forced_finish" (stopped without an end token), "truncation" (ended although the acoustic model gave
             the end little chance), "repetition" (the text repeats itself), "nan" (a model returned NaN),
             "lm_distrusted" (decoded without language models, which found the fused one too unlikely).
+<<<<<<< HEAD
         spans: what lies between timestamps, in order; None if they were not asked for.
+=======
+        words: with times, of a CTC search whose frames have a length; else none.
+>>>>>>> ctcb
     """
 
     text: str
@@ -212,7 +236,11 @@ class Hypothesis:
     score: float
     parts: Mapping[str, float]
     flags: tuple[str, ...] = ()
+<<<<<<< HEAD
     spans: tuple[Span, ...] | None = None
+=======
+    words: tuple[Word, ...] = ()
+>>>>>>> ctcb
 
     @property
     def ended(self) -> bool:

@@ -127,6 +127,13 @@ def test_importing_the_package_pulls_in_no_heavy_package() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_ctc_part_shows_its_front_and_imports_it_when_it_is_asked_for() -> None:
+    code = "import sys, shallowfusion.ctc as c; n = [m for m in sys.modules if m.startswith('shallowfusion.ctc.')]"
+    code += "; print(n, sorted(c.__all__), c.CTCDecoder.__module__, c.CtcOptions(beam_size=3).beam_size)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[] ['CTCDecoder', 'CtcLanguage', 'CtcOptions'] shallowfusion.ctc.decoder 3"
+
+
 def test_transformers_still_finds_its_own_kernels_package() -> None:
     code = (
         "import shallowfusion, transformers, sys; print('kernels' in sys.modules and sys.modules['kernels'].__file__)"

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from shallowfusion.cli.configuration import apply_configuration, configured, load_decoder
-from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from, progress
+from shallowfusion.cli.ctc import add_ctc_options, given_ctc_options
+from shallowfusion.cli.transcribe import (
+    add_decoding_options,
+    add_model_options,
+    ctc_system,
+    options_from,
+    progress,
+    refuse_ctc_options,
+)
 from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.evaluation.normalisation import NORMALISERS
@@ -41,6 +49,7 @@ def add_parser(commands: Any) -> None:
     add_model_options(parser, is_required=False)
     _add_evaluation_options(parser)
     add_decoding_options(parser)
+    add_ctc_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -242,11 +251,20 @@ class _Systems:
     """The loaded models, with and without their language models."""
 
     def __init__(self, arguments: argparse.Namespace, store: Any) -> None:
+        from shallowfusion.ctc.models import is_ctc_model
         from shallowfusion.decoder import FusionDecoder
 
         self._arguments, self._store = arguments, store
-        self._fused = load_decoder(arguments)
-        self._alone = FusionDecoder(self._fused.acoustic)
+        self._fused: Any
+        self._alone: Any
+        self._is_ctc = is_ctc_model(arguments.asr)
+        if self._is_ctc:
+            self._fused = ctc_system(arguments)
+            self._alone = self._fused.alone()
+        else:
+            refuse_ctc_options(arguments)
+            self._fused = load_decoder(arguments)
+            self._alone = FusionDecoder(self._fused.acoustic)
 
     def run(self, is_fused: bool, recordings: Sequence[Any], options: DecodingOptions, title: str) -> Any:
         from shallowfusion.evaluation.stored import fingerprint_of, transcribe_set
@@ -255,12 +273,13 @@ class _Systems:
         own, models = self._arguments, [self._arguments.asr]
         if is_fused:
             models += own.lm
-            options = configured(own, self._fused, options)
+            options = options if self._is_ctc else configured(own, self._fused, options)
         else:
             options = alone_options(options)
             if own.config is not None:  # what was tuned for the language model is no part of the model alone
                 options = dataclasses.replace(options, length_bonus=0.0, end_threshold=1.5)
         known = {"device": own.device, "dtype": own.dtype}
+        known |= {name: str(value) for name, value in given_ctc_options(own).items()}
         if is_fused and own.internal_context is not None:
             known["internal_context"] = str(own.internal_context)
         system = fingerprint_of(models, options, known)

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured, load_decoder
+from shallowfusion.cli.ctc import CtcSystem, add_ctc_options, given_ctc_options
 from shallowfusion.config import DRIVERS, require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
 
-__all__ = ["add_decoding_options", "add_model_options", "add_parser", "options_from", "progress", "run"]
+__all__ = [
+    "add_decoding_options", "add_model_options", "add_parser", "ctc_system", "options_from", "progress",
+    "refuse_ctc_options", "run",
+]  # fmt: skip
 
 Transcriber = Callable[[list[str]], list[Transcription]]
 
@@ -24,7 +28,7 @@ NUMBER = {"int": int, "float": float}
 BRIDGES, LOOKUPS = ("bytes",), ("auto", "rows", "candidates")
 DEFAULT_RESCORING_WEIGHT, DEFAULT_LIST_SIZE = 0.24, 20
 RESCORED_SEARCH_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
-CTC_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "hotword", "hotwords_inside_words")
+CTC_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "hotword", "hotwords_inside_words")
 RESCORING_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "length_penalty")
 
 
@@ -49,6 +53,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per recording, with n-best and scores")
     add_decoding_options(parser)
+    add_ctc_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -81,7 +86,10 @@ def _maker(arguments: argparse.Namespace, is_ctc: bool) -> Callable[..., Transcr
     )
     if arguments.ctc_rescore is not None:
         require(not is_ctc, f"{arguments.asr} has no attention decoder, which --ctc-rescore ranks with; leave it out.")
+        refuse_ctc_options(arguments)
         return _rescoring_transcriber
+    if not is_ctc:
+        refuse_ctc_options(arguments)
     return _ctc_transcriber if is_ctc else _transcriber
 
 
@@ -92,26 +100,21 @@ def _transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Tra
 
 
 def _ctc_transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
-    """CTC models know few of the options; the others are errors, not ignored."""
+    system = ctc_system(arguments)
+    return lambda recordings: system.transcribe(recordings, options)
+
+
+def ctc_system(arguments: argparse.Namespace) -> CtcSystem:
+    """The decoder of a CTC model, which knows few of the options; the others are errors, not ignored."""
     unused = _unused(arguments, CTC_OPTIONS)
     require(not unused, f"{arguments.asr} is a CTC model, for which {', '.join(unused)} mean nothing; leave them out.")
-    require(
-        len(arguments.lm) <= 1 and len(arguments.lm_weight) <= 1,
-        f"a CTC model takes one --lm NAME.arpa of words and one --lm-weight, got {len(arguments.lm)} and "
-        f"{len(arguments.lm_weight)}.",
-    )
-    from shallowfusion.ctc.decoder import CTCDecoder
+    return CtcSystem(arguments)
 
-    lm = arguments.lm[0] if arguments.lm else None
-    decoder = CTCDecoder.from_pretrained(arguments.asr, lm, arguments.device, arguments.dtype)
-    chosen: dict[str, Any] = {"length_bonus": options.length_bonus}
-    if options.hotwords:
-        chosen |= {"hotwords": options.hotwords, "hotwords_inside_words": options.hotwords_inside_words}
-    if arguments.beam_size is not None:
-        chosen["beam_size"] = arguments.beam_size
-    if arguments.lm_weight:
-        chosen["lm_weight"] = arguments.lm_weight[0]
-    return lambda recordings: decoder.transcribe(recordings, None, options.n_best, options.batch_size, **chosen)
+
+def refuse_ctc_options(arguments: argparse.Namespace) -> None:
+    """For models that are no CTC models, and ways of decoding that know none of their options."""
+    own = given_ctc_options(arguments)
+    require(not own, f"{', '.join(own)} are for the search of CTC models, which does not run here; leave them out.")
 
 
 def _rescoring_transcriber(arguments: argparse.Namespace, options: DecodingOptions) -> Transcriber:
@@ -267,7 +270,8 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
         action="append",
         default=[],
         help='language model on the same tokenizer (on any with --lm-bridge, or --rule "delayed(0.5)"), or NAME.arpa '
-        "of its pieces or of words (for a CTC model: of words); repeatable",
+        "of its pieces or of words (for a CTC model: one of words, and one on any tokenizer with a delayed rule); "
+        "repeatable",
     )
     parser.add_argument(
         "--lm-bridge", choices=BRIDGES, default=None, help="how language models on another tokenizer are joined"

@@ -11,21 +11,23 @@ import numpy.typing as npt
 
 from shallowfusion.config import require
 
-__all__ = ["log_probs_of", "padded"]
+__all__ = ["batch_of", "log_probs_of"]
 
 SMALLEST_PROB = 1e-15
 
 
 def log_probs_of(logits: Any, num_labels: int) -> npt.NDArray[np.float32]:
-    """Log-probs of logits [frames, labels]; rows that sum to 1 are taken as probabilities."""
+    """Log-probs of logits [frames, labels], floats or whole numbers; rows that sum to 1 are taken as probabilities."""
     array: npt.NDArray[Any] = np.asarray(logits.detach().cpu().numpy() if hasattr(logits, "detach") else logits)
     require(
-        array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] == num_labels,
+        array.ndim == 2 and array.dtype.kind in "fiu" and array.shape[1] == num_labels,
         f"logits must have shape [frames, {num_labels}], one column for each label, got {array.dtype} "
         f"{list(array.shape)}.",
     )
     if array.dtype == np.float16:
         array = array.astype(np.float32)
+    elif array.dtype.kind != "f":
+        array = array.astype(np.float64)
     if len(array) == 0:
         return array.astype(np.float32)
     with np.errstate(all="ignore"):
@@ -39,9 +41,19 @@ def log_probs_of(logits: Any, num_labels: int) -> npt.NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def padded(scores: Sequence[npt.NDArray[np.float32]], frames: int) -> npt.NDArray[np.float32]:
-    """float32 [utterances, frames, labels], zeros behind shorter ones."""
-    batch = np.zeros((len(scores), frames, scores[0].shape[1]), dtype=np.float32)
+def batch_of(logits_list: Sequence[Any], num_labels: int, blank: int) -> tuple[npt.NDArray[np.float32], list[int]]:
+    """Log-probs float32 [utterances, frames, labels], zeros behind shorter ones, and the frames of each.
+
+    One without frames gets a frame that is blank for sure, which says and scores what no frames do.
+    """
+    silence = np.full((1, num_labels), -np.inf, dtype=np.float32)
+    silence[0, blank] = 0.0
+    scores = [log_probs_of(logits, num_labels) for logits in logits_list]
+    scores = [own if len(own) else silence for own in scores]
+    lengths = [len(own) for own in scores]
+    if len(scores) == 1:
+        return scores[0][None], lengths
+    batch = np.zeros((len(scores), max(lengths, default=0), num_labels), dtype=np.float32)
     for row, own in zip(batch, scores, strict=True):
         row[: len(own)] = own
-    return batch
+    return batch, lengths

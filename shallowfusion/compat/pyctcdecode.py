@@ -6,11 +6,17 @@ Texts, scores and word times are those of pyctcdecode 0.5, its pruning included.
 or .gz); KenLM binaries are read where the module kenlm is installed, and asked through Python, as a MultiLanguageModel
 is, which is slower. Differences: every word of the file is known, also one without a back-off, and those of a binary
 without `unigrams` too; a batch runs on threads, so `pool` is not needed; scores that are no numbers are an error.
+
+In a batch such an error is logged and its utterance has the text "" (there pyctcdecode stops with a ValueError that
+loses the batch). Not here: `load_from_hf_hub` (download it, then `load_from_dir`), language models of one's
+own (`AbstractLanguageModel`, `score` and `score_partial_token`), `verify_alphabet_coverage`, and what a store
+of models of all decoders needs (`model_container`, `cleanup`). `last_lm_state` is an integer.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +27,7 @@ from shallowfusion.compat.decoder_folder import (
     write_decoder_folder,
 )
 from shallowfusion.compat.language_models import LanguageModel, MultiLanguageModel
-from shallowfusion.compat.logits import log_probs_of, padded
+from shallowfusion.compat.logits import batch_of
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.settings import CtcOptions
@@ -118,9 +124,12 @@ class BeamSearchDecoderCTC:
         hotwords: Iterable[str] | None = None,
         hotword_weight: float = 10.0,
     ) -> list[str]:
-        """`decode` of each; `pool` may be None, threads do the work."""
+        """`decode` of each; `pool` may be None, threads do the work.
+
+        One whose logits are no numbers has the text "" and is logged; the others are as without it.
+        """
         options = self._options(beam_width, beam_prune_logp, token_min_logp, True, hotwords, hotword_weight)
-        return [result.best.text for result in self._results(logits_list, options, None, 1)]
+        return ["" if _is_lost(result) else result.best.text for result in self._results(logits_list, options, None, 1)]
 
     def decode_beams(
         self,
@@ -147,11 +156,13 @@ class BeamSearchDecoderCTC:
 
         Raises:
             InvalidArgumentError: bad arguments, or logits of another shape.
-            AcousticScoresError: logits that are no numbers, or no frames.
+            AcousticScoresError: logits that are no numbers.
         """
         options = self._options(beam_width, beam_prune_logp, token_min_logp, prune_history, hotwords, hotword_weight)
         (result,) = self._results([logits], options, lm_start_state, beam_width)
-        return [self._beam(hypothesis) for hypothesis in _found(result)]
+        if result.error is not None:
+            raise result.error
+        return [self._beam(hypothesis) for hypothesis in result.hypotheses]
 
     def decode_beams_batch(
         self,
@@ -164,10 +175,14 @@ class BeamSearchDecoderCTC:
         hotwords: Iterable[str] | None = None,
         hotword_weight: float = 10.0,
     ) -> list[list[OutputBeamMPSafe]]:
-        """`decode_beams` of each, without states; `pool` may be None, threads do the work."""
+        """`decode_beams` of each, without states; `pool` may be None, threads do the work.
+
+        One whose logits are no numbers has one beam, with the text "" and scores of -inf, and is logged.
+        """
         options = self._options(beam_width, beam_prune_logp, token_min_logp, prune_history, hotwords, hotword_weight)
         results = self._results(logits_list, options, None, beam_width)
-        beams = [[self._beam(hypothesis) for hypothesis in _found(result)] for result in results]
+        lost = [OutputBeam("", None, [], -math.inf, -math.inf)]
+        beams = [lost if _is_lost(result) else [self._beam(h) for h in result.hypotheses] for result in results]
         return [[OutputBeamMPSafe(beam.text, *beam[2:]) for beam in own] for own in beams]
 
     def save_to_dir(self, filepath: str | Path) -> None:
@@ -232,14 +247,10 @@ class BeamSearchDecoderCTC:
         self, logits_list: Sequence[Any], options: CtcOptions, lm_start_state: int | None, n_best: int
     ) -> list[CtcResult]:
         search = self._search(options)
-        scores = [log_probs_of(logits, len(self._alphabet.labels)) for logits in logits_list]
-        if not scores:
-            return []
-        lengths = [len(own) for own in scores]
-        batch = scores[0][None] if len(scores) == 1 else padded(scores, max(lengths))
+        batch, lengths = batch_of(logits_list, len(self._alphabet.labels), self._base.alphabet.blank)
         model = self._language_model
         has_start = model is not None and lm_start_state is not None
-        state = search.begin(len(scores), [int(lm_start_state or 0)] * len(scores) if has_start else None)
+        state = search.begin(len(batch), [int(lm_start_state or 0)] * len(batch) if has_start else None)
         search.step(state, batch, lengths)
         return search.end(state, n_best)
 
@@ -274,7 +285,8 @@ def build_ctcdecoder(
     return BeamSearchDecoderCTC(Alphabet.build_alphabet(labels), model)
 
 
-def _found(result: CtcResult) -> tuple[CtcHypothesis, ...]:
+def _is_lost(result: CtcResult) -> bool:
+    """Whether an utterance of a batch failed; logs why."""
     if result.error is not None:
-        raise result.error
-    return result.hypotheses
+        logger.error("%s", result.error)
+    return result.error is not None

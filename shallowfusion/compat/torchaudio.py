@@ -5,12 +5,16 @@
 Scores, words, tokens and time steps are those of torchaudio with flashlight-text. Differences: language models are ARPA
 files (plain or .gz), not KenLM binaries or Python classes; a batch runs on threads; emissions may be of any float dtype
 on any device; where scores are equal another hypothesis may come first; without a lexicon the language model
-scores each label as itself (flashlight-text numbers them anew, in no order, unless `lm_dict` lists them).
+scores each label as itself (flashlight-text numbers them anew, in no order, unless `lm_dict` lists them); emissions
+with NaN are an error, in a batch logged, and their utterance has no hypotheses. Not here: `CTCDecoderLM` and
+`CTCDecoderLMState` (language models written in Python; fuse those with `CTCDecoder` and `fusion.delayed`),
+`download_pretrained_files`, and `cuda_ctc_decoder` (`CTCDecoder` searches on the GPU, see `CtcOptions.backend`).
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -30,6 +34,8 @@ from shallowfusion.ngrams.arpa import is_arpa
 from shallowfusion.ngrams.table import NgramTable
 
 __all__ = ["CTCDecoder", "CTCHypothesis", "ctc_decoder"]
+
+logger = logging.getLogger(__name__)
 
 LOG_10 = math.log(10.0)
 
@@ -76,10 +82,10 @@ class CTCDecoder:
             lengths: int [utterances], frames of each, None = all.
 
         Returns:
-            Up to `nbest` hypotheses per utterance, best first.
+            Up to `nbest` hypotheses per utterance, best first; none of one with NaN, which is logged.
 
         Raises:
-            InvalidArgumentError: another shape, or NaN.
+            InvalidArgumentError: another shape.
         """
         scores = _scores(emissions, 3)
         counts = [scores.shape[1]] * len(scores) if lengths is None else [int(count) for count in lengths]
@@ -88,7 +94,8 @@ class CTCDecoder:
             f"lengths must be one per utterance, from 0 to {scores.shape[1]}, got {counts}.",
         )
         with ThreadPoolExecutor(max_workers=max(1, min(len(scores), os.cpu_count() or 1))) as pool:
-            return list(pool.map(self._decode, [own[:count] for own, count in zip(scores, counts, strict=True)]))
+            frames = [own[:count] for own, count in zip(scores, counts, strict=True)]
+            return list(pool.map(self._decode, range(len(frames)), frames))
 
     def decode_begin(self) -> None:
         """Start an utterance that comes piece by piece."""
@@ -110,7 +117,10 @@ class CTCDecoder:
         """Text of each label."""
         return [self._tokens[int(i)] for i in idxs]
 
-    def _decode(self, scores: npt.NDArray[np.float32]) -> list[CTCHypothesis]:
+    def _decode(self, utterance: int, scores: npt.NDArray[np.float32]) -> list[CTCHypothesis]:
+        if np.isnan(scores).any():
+            logger.error("utterance %d was not decoded: its emissions hold NaN; the model overflowed.", utterance)
+            return []
         search = self._fresh.again()
         search.step(scores)
         search.end()

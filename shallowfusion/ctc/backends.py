@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from shallowfusion.config import require
 from shallowfusion.ctc.device_search import DeviceCtcSearch, device_obstacle
 from shallowfusion.ctc.search import CtcSearch
 
@@ -13,6 +14,7 @@ __all__ = ["SearchChooser"]
 
 logger = logging.getLogger(__name__)
 
+LATE = 'a language model that is asked late needs the live prefixes; let the native search decode (backend="native").'
 MOST_SEARCHES = 4  # device searches kept with their graphs
 
 
@@ -22,8 +24,11 @@ class SearchChooser:
     def __init__(self) -> None:
         self._searches: dict[tuple[int, torch.device], tuple[CtcSearch, DeviceCtcSearch]] = {}
 
-    def choose(self, native: CtcSearch, log_probs: object) -> CtcSearch | DeviceCtcSearch:
+    def choose(self, native: CtcSearch, log_probs: object, is_late: bool = False) -> CtcSearch | DeviceCtcSearch:
         """`native`, or a device search with its settings.
+
+        Args:
+            is_late: a language model is asked late, for which the device search has no place.
 
         Raises:
             InvalidArgumentError: backend="device" and settings that it cannot search.
@@ -32,7 +37,8 @@ class SearchChooser:
         backend = native.options.backend
         if backend == "native" or (backend == "auto" and device.type == "cpu"):
             return native
-        obstacle = device_obstacle(native.alphabet, native.options, native.language)
+        obstacle = LATE if is_late else device_obstacle(native.alphabet, native.options, native.language)
+        require(not is_late or backend == "auto", f"the device search cannot do this: {obstacle}")
         if backend == "auto" and obstacle is not None:
             logger.info("the scores are copied from %s to the CPU, for the device search cannot do this: %s",
                         device, obstacle)  # fmt: skip

@@ -16,6 +16,7 @@ from shallowfusion.checks import integer
 from shallowfusion.config import require
 from shallowfusion.ctc.backends import SearchChooser
 from shallowfusion.ctc.delayed import DelayedCtcSearch
+from shallowfusion.ctc.layouts import batch_of
 from shallowfusion.ctc.models import CtcModel, load_ctc_model
 from shallowfusion.ctc.results import CtcHypothesis, CtcResult
 from shallowfusion.ctc.search import CtcSearch
@@ -26,7 +27,7 @@ from shallowfusion.ngrams.table import NgramTable
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.loading import choose_device, choose_dtype, load_causal_lm
-from shallowfusion.values import Hypothesis, Token
+from shallowfusion.values import Hypothesis, Token, Word
 
 __all__ = ["CTCDecoder"]
 
@@ -44,7 +45,8 @@ class CTCDecoder:
         delimiter: the label between words, as index or as label; None = none.
         lm: path of an ARPA file of words, a table of words, or a `CtcLanguage`; None = none.
         word_start: how labels that begin a word are marked, for instance "▁"; None = they are not.
-        frame_seconds: length of a frame, for durations; 0 = unknown.
+        frame_seconds: length of a frame, for durations and the times of labels and words; 0 = unknown, and then there
+            are no times. 1.0 tells them in frames.
         threads: utterances decoded at a time, None = all cores.
         llm: a causal language model on any tokenizer, asked late under a rule of fusion.delayed.
 
@@ -155,6 +157,7 @@ class CTCDecoder:
             except ShallowFusionError as error:
                 failed[i] = Transcription(sources[i], error=error)
                 logger.error("%s was not transcribed: %s", sources[i], error)
+        names = {"layout": "UFL", **names}
         decoded = iter(self.decode(*self.model.log_probs(samples), options, n_best, **names) if samples else [])
         seconds = iter(len(own) / self.model.sampling_rate for own in samples)
         return [
@@ -163,7 +166,7 @@ class CTCDecoder:
         ]
 
     def search(self, options: CtcOptions | None = None, **names: Any) -> CtcSearch:
-        """The search with these options, for decoding chunk by chunk and for times of labels and words."""
+        """The search with these options, for decoding chunk by chunk and for times in frames."""
         chosen = _options(options, names)
         search = self._search
         if chosen != search.options:
@@ -177,34 +180,43 @@ class CTCDecoder:
         options: CtcOptions | None = None,
         n_best: int = 1,
         rule: Rule | None = None,
+        layout: str | None = None,
         **names: Any,
     ) -> list[Transcription]:
         """Decode a batch.
 
         Args:
-            log_probs: float32 or float16 [utterances, frames, labels], array or tensor of any strides, nats.
+            log_probs: float32 or float16 [utterances, frames, labels], array or tensor of any strides, nats; also
+                [frames, labels] of one utterance, or a list of such arrays, of different lengths.
             lengths: frames of each utterance, None = all.
+            layout: the axes of an array, by their letters U(tterances), F(rames) and L(abels): "FUL" is time first.
             options: or option names as keywords.
             n_best: hypotheses per utterance.
-            rule: of fusion.delayed, for the `llm`; its interval counts frames. An utterance of which the `llm` says
-                NaN keeps the scores it had and has the flag "nan".
+            rule: of fusion.delayed, for the `llm`; its interval counts frames, and its `proxy_weight` takes the place
+                of `lm_weight` (with `proxy_form="replace"` parts["lm"] is told, and in no total). An utterance of
+                which the `llm` says NaN keeps the scores it had and has the flag "nan".
 
         Returns:
             One result per utterance, in order; one that failed has `error` set, which its `text` raises. The scores of
-            a hypothesis are sums over alignments and belong to no label: each token bears an equal share.
+            a hypothesis are sums over alignments and belong to no label: each token bears an equal share. Times of
+            tokens and words are those of the alignment that `CtcOptions.times` names.
 
         Raises:
-            InvalidArgumentError: bad options, or scores of another shape.
+            InvalidArgumentError: bad options, or scores of another shape or layout.
         """
+        if rule is not None and len(rule.lm_weights) > 1:
+            names["lm_weight"] = rule.lm_weights[1]
         search: Any = self.search(options, **names)
+        log_probs, lengths = batch_of(log_probs, lengths, len(self.alphabet.labels), layout)
         if rule is not None:
             require(self.llm is not None, "a rule needs a language model; make the decoder with llm=...")
+            search = self._chooser.choose(search, log_probs, is_late=True)
             search = DelayedCtcSearch(search, self.llm, rule)  # type: ignore[arg-type]
-            search.spelling.check("".join(piece.text for piece in self.alphabet.pieces))
+            search.spelling.check(self._sayable())
         else:
             search = self._chooser.choose(search, log_probs)
         start = time.perf_counter()
-        state = search.begin(len(log_probs) if hasattr(log_probs, "__len__") else 0)
+        state = search.begin(len(log_probs))
         search.step(state, log_probs, lengths)
         results = search.end(state, n_best)
         made = [self._transcription(*pair) for pair in zip(range(len(results)), results, state.num_frames, strict=True)]
@@ -217,8 +229,13 @@ class CTCDecoder:
                 made[place] = dataclasses.replace(made[place], n_best=flagged)
         for transcription in made:
             if transcription.error is not None:
-                logger.error("%s was not decoded: %s", transcription.source, transcription.error)
+                logger.error("%s", transcription.error)
         return made
+
+    def _sayable(self) -> str:
+        """Every character that a text may hold: those of the labels but the ones the model never says."""
+        silenced = set() if self.model is None else set(self.model.silenced)
+        return "".join(piece.text for label, piece in enumerate(self.alphabet.pieces) if label not in silenced)
 
     def _transcription(self, number: int, result: CtcResult, frames: int) -> Transcription:
         return Transcription(
@@ -233,10 +250,15 @@ class CTCDecoder:
         shown = ids or (self.alphabet.blank,)  # an empty text keeps its scores in an end token
         parts = {name: value / len(shown) for name, value in found.parts.items()}
         texts = [" " if label == self.alphabet.delimiter else self.alphabet.pieces[label].text for label in shown]
+        length, words = self.frame_seconds, found.words if self.frame_seconds > 0 else []
+        is_timed = bool(ids) and length > 0
+        times: list[Any] = (found.label_frames * length).tolist() if is_timed else [(None, None)] * len(shown)
+        timed = tuple(Word(word, start * length, end * length) for word, (start, end) in words)
         tokens = tuple(
-            Token(label, text, found.total / len(shown), parts) for label, text in zip(shown, texts, strict=True)
+            Token(label, text, found.total / len(shown), parts, start, end)
+            for label, text, (start, end) in zip(shown, texts, times, strict=True)
         )
-        return Hypothesis(found.text, ids, tokens, found.total, found.total, dict(found.parts))
+        return Hypothesis(found.text, ids, tokens, found.total, found.total, dict(found.parts), words=timed)
 
 
 def _index(name: str, given: int | str, labels: tuple[str, ...]) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shallowfusion.config import require
-from shallowfusion.ctc.results import CtcHypothesis, CtcLive, CtcResult, frames_of
+from shallowfusion.ctc.results import CtcHypothesis, CtcLive, CtcResult, frames_of, start_states_of
 from shallowfusion.ctc.search import CtcSearchProtocol
+from shallowfusion.ctc.stand_in import StandIn
 from shallowfusion.fusion.rules import Rule
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.token_trees import Request, TextNode, TokenTrees
@@ -27,15 +28,18 @@ class DelayedCtcState:
     Args:
         inner: the state of the search.
         texts: what the language model has read.
+        starts: state of the n-gram model in the search before each utterance.
         num_steps: frames since the language model's clock began.
         saw_nan: utterances of which the language model said NaN; they keep the scores they had.
+        held: the texts that were scored last, by utterance.
     """
 
     inner: Any
     texts: DelayedTexts
+    starts: list[int]
     num_steps: int = 0
     saw_nan: set[int] = field(default_factory=set)
-    held: list[tuple[int, TextNode]] = field(default_factory=list)
+    held: dict[int, list[TextNode]] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> list[int]:
@@ -57,26 +61,41 @@ class DelayedCtcSearch:
     sizes give what one call gives. The estimate for text that is not scored yet (tail="mean") is renewed with the rest,
     not with every label.
 
+    With a second weight, of the word n-gram model in the search (`CtcOptions.lm_weight`), that model stands in for the
+    language model. proxy_form="add": its scores stay. "replace": they are taken back with the words that the language
+    model has scored, so that in the end nothing of it is left (METHODS 4.6):
+
+        total(l) = ... + weight * llm(first words of l) + proxy_weight * lm(the closed words behind them)
+
     Price: beside the search's own, per trigger one pass over what is new in the beam, and a look at every prefix; per
     frame a look at every prefix unless the trigger is "interval".
 
     Args:
         search: of labels; an n-gram model in it adds to the scores.
         llm: with its tokenizer.
-        rule: of fusion.delayed, with one weight; its unit is words, or characters.
+        rule: of fusion.delayed; its unit is words, or characters.
 
     Raises:
-        InvalidArgumentError: another rule.
+        InvalidArgumentError: another rule, or a second weight that is not the search's lm_weight.
         VocabularyError: the language model has no tokenizer.
     """
 
     def __init__(self, search: CtcSearchProtocol, llm: CausalLMScorer, rule: Rule) -> None:
         require(
-            rule.delay is not None and len(rule.lm_weights) == 1 and rule.delay.unit != "tokens",
-            "a CTC search takes fusion.delayed(weight) with unit words or characters and no second weight, got "
-            f"{rule}; an n-gram model of the search itself stands in.",
+            rule.delay is not None and rule.delay.unit != "tokens",
+            f"a CTC search takes fusion.delayed(weight) with unit words or characters, got {rule}.",
         )
         assert rule.delay is not None
+        self._proxy_weight, self._stand_in = 0.0, None
+        if len(rule.lm_weights) > 1 and rule.delay.proxy_form == "replace":
+            self._proxy_weight = rule.lm_weights[1]
+            self._stand_in = StandIn(search.alphabet, search.language)
+        require(
+            len(rule.lm_weights) == 1
+            or (search.language is not None and search.options.lm_weight == rule.lm_weights[1]),
+            f"proxy_weight weighs the n-gram model inside the search, got {rule} and "
+            + ("no such model." if search.language is None else f"lm_weight={search.options.lm_weight}."),
+        )
         self._search, self._llm, self._weight, self._delay = search, llm, rule.lm_weights[0], rule.delay
         unit = "characters" if rule.delay.unit == "characters" else "words"
         self.spelling = Retokenised(llm.tokenizer, llm.vocabulary, unit, lower=rule.delay.lower)  # type: ignore[arg-type]
@@ -84,7 +103,10 @@ class DelayedCtcSearch:
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DelayedCtcState:
         """Start a batch."""
         inner = self._search.begin(num_utterances, start_states)
-        return DelayedCtcState(inner, DelayedTexts(TokenTrees(self._llm, num_utterances), self.spelling, self._delay))
+        texts = DelayedTexts(TokenTrees(self._llm, num_utterances), self.spelling, self._delay)
+        language = self._search.language
+        default = 0 if language is None else language.start_state
+        return DelayedCtcState(inner, texts, start_states_of(start_states, num_utterances, default))
 
     def step(self, state: DelayedCtcState, log_probs: Any, lengths: Any = None) -> None:
         """Go on by a chunk; see `CtcSearchProtocol.step`."""
@@ -117,18 +139,13 @@ class DelayedCtcSearch:
         for request in requests:
             trees.drop(request.place, request.node)
         rest = iter(scores)
-        known = [
-            {prefix.text: _kept(state, place, next(rest), prefix.extra / (self._weight or 1.0)) for prefix in own}
-            for place, own in enumerate(live)
-        ]
-        self._search.set_extras(
-            state.inner,
-            [[self._weight * texts[prefix.text] for prefix in own] for own, texts in zip(live, known, strict=True)],
-        )
+        known = [{p.text: self._final(state, place, p, next(rest)) for p in own} for place, own in enumerate(live)]
+        extras = [[texts[prefix.text][1] for prefix in own] for own, texts in zip(live, known, strict=True)]
+        self._search.set_extras(state.inner, extras)
         found = self._search.end(state.inner, n_best)
         self._search.set_extras(state.inner, [[prefix.extra for prefix in own] for own in live])
         return [
-            dataclasses.replace(result, hypotheses=tuple(_with_part(h, texts[h.text]) for h in result.hypotheses))
+            dataclasses.replace(result, hypotheses=tuple(_with_part(h, texts[h.text][0]) for h in result.hypotheses))
             for result, texts in zip(found, known, strict=True)
         ]
 
@@ -136,23 +153,37 @@ class DelayedCtcSearch:
         live = self._search.live(state.inner)
         fresh = [[self._said(state, place, prefix) for prefix in own] for place, own in enumerate(live)]
         scored = state.texts.advance(fresh, steps)
-        extras, held = [], []
+        extras = []
         for place, (own, rows) in enumerate(zip(live, scored, strict=True)):
             is_asked = place in state.texts.asked
             extras.append(
                 [
-                    _kept(state, place, self._weight * state.texts.total(place, row), prefix.extra)
-                    if is_asked and row is not None
-                    else prefix.extra
+                    self._extra(state, place, prefix, row) if is_asked and row is not None else prefix.extra
                     for prefix, row in zip(own, rows, strict=True)
                 ]
             )
-            held += [(place, row.node) for row in rows if row is not None]
+            idle = [row.node for row in rows if row is not None]
+            if is_asked:  # what was read last stays, or it would be read again
+                idle, state.held[place] = state.held.get(place, []), idle
+            for node in idle:
+                state.texts.trees.drop(place, node)
         if state.texts.asked:
             self._search.set_extras(state.inner, extras)
-            state.held, held = held, state.held
-        for place, node in held:
-            state.texts.trees.drop(place, node)
+
+    def _extra(self, state: DelayedCtcState, place: int, prefix: CtcLive, row: Scored) -> float:
+        """What the models say of a prefix, beyond what the search says itself."""
+        score = self._weight * state.texts.total(place, row)
+        if self._stand_in is not None:
+            words = self._stand_in.closed(state.starts[place], prefix.text, prefix.is_open, row.reach)
+            score -= self._proxy_weight * words
+        return _kept(state, place, score, prefix.extra)
+
+    def _final(self, state: DelayedCtcState, place: int, prefix: CtcLive, score: float) -> tuple[float, float]:
+        """What the language model says of a prefix that ends here, and its extra."""
+        stand_in = self._stand_in
+        taken = 0.0 if stand_in is None else self._proxy_weight * stand_in.whole(state.starts[place], prefix.text)
+        score = _kept(state, place, score, (prefix.extra + taken) / (self._weight or 1.0))
+        return score, self._weight * score - taken
 
     def _said(self, state: DelayedCtcState, place: int, prefix: CtcLive) -> Scored:
         text = prefix.text.encode() + (b"" if prefix.is_open or not prefix.text else b" ")

@@ -151,7 +151,10 @@ class DeviceCtcSearch:
             given = torch.from_numpy(np.array(frames.log_probs, order="C"))
             return given.to(self.device), torch.from_numpy(frames.counts).to(self.device)
         # Only the shape goes through the checks: the scores stay where they are.
-        require(log_probs.is_floating_point(), f"log_probs must hold real numbers, got dtype {log_probs.dtype}.")
+        if not log_probs.is_floating_point():
+            is_whole = not log_probs.is_complex() and log_probs.dtype != torch.bool
+            require(is_whole, f"log_probs must hold real numbers, got dtype {log_probs.dtype}.")
+            log_probs = log_probs.float()
         shape_only = np.broadcast_to(np.float32(0), tuple(log_probs.shape))
         counts = frames_of(shape_only, lengths, num_utterances, num_labels).counts
         return log_probs.detach().to(self.device), torch.from_numpy(counts).to(self.device)

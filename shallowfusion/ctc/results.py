@@ -103,7 +103,8 @@ def frames_of(log_probs: object, counts: object, num_utterances: int | None, num
     """Check the scores of one step.
 
     Args:
-        log_probs: numpy array or torch tensor [utterances, frames, labels]; other floats become float32.
+        log_probs: numpy array or torch tensor [utterances, frames, labels]; other floats, and whole numbers, become
+            float32.
         counts: frames of each utterance, None = all.
 
     Raises:
@@ -116,7 +117,7 @@ def frames_of(log_probs: object, counts: object, num_utterances: int | None, num
         array = np.asarray(log_probs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgumentError(f"log_probs must be an array, got {type(log_probs).__name__}: {error}.") from None
-    require(array.dtype.kind == "f", f"log_probs must hold real numbers, got dtype {array.dtype}.")
+    require(array.dtype.kind in "fiu", f"log_probs must hold real numbers, got dtype {array.dtype}.")
     if array.dtype not in (np.dtype("float32"), np.dtype("float16")):
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)

@@ -69,6 +69,10 @@ class CtcSearchProtocol(Protocol):
     about 200 bytes per prefix of the beam and 100 per prefix it descends from.
     """
 
+    alphabet: CtcAlphabet
+    options: CtcOptions
+    language: CtcLanguage | None
+
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> Any:
         """Start a batch.
 

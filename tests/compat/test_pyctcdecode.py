@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_librispeech_beams_equal_pyctcdecode(theirs: Any) -> None:
     other = theirs.build_ctcdecoder(list(LIBRI_LABELS)).decode_beams(libri())
     assert_same_beams(own, other)
     assert_same_frames(own, other)
+
+
+def test_the_published_logits_as_they_are_loaded_are_whole_numbers_and_decode_alike(theirs: Any) -> None:
+    raw = np.array(json.loads(shared_file("pyctcdecode/libri_logits.json").read_text(encoding="utf-8")))
+    assert raw.dtype.kind == "i"
+    own, other = (module.build_ctcdecoder(list(LIBRI_LABELS)) for module in (ours, theirs))
+    assert own.decode(raw) == other.decode(raw) == LIBRI_TEXT
+    assert_same_beams(own.decode_beams(raw), other.decode_beams(raw))
+    said = np.eye(len(LIBRI_LABELS), dtype=np.uint8)[[1, 28, 2]]  # probabilities of one and zero
+    assert own.decode(said) == other.decode(said) == "ab"
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -208,6 +219,41 @@ def test_batches_equal_single_calls() -> None:
     assert decoder.decode_batch(None, []) == []
 
 
+@pytest.mark.parametrize("with_lm", [False, True])
+@pytest.mark.parametrize("boundary", [False, True])
+def test_no_frames_say_and_score_what_they_do_in_pyctcdecode(theirs: Any, with_lm: bool, boundary: bool) -> None:
+    path = str(shared_file("pyctcdecode/bugs_bunny_kenlm.arpa")) if with_lm else None
+    own, other = (
+        module.build_ctcdecoder(BUNNY_LABELS, path, alpha=0.6, beta=1.0, lm_score_boundary=boundary)
+        for module in (ours, theirs)
+    )
+    nothing = np.zeros((0, len(BUNNY_LABELS)))
+    assert own.decode(nothing) == other.decode(nothing) == ""
+    for settings in ({}, {"hotwords": ["bugs"], "token_min_logp": -100.0}):
+        assert_same_beams(own.decode_beams(nothing, **settings), other.decode_beams(nothing, **settings))
+        assert_same_frames(own.decode_beams(nothing, **settings), other.decode_beams(nothing, **settings))
+
+
+def test_an_utterance_without_numbers_or_frames_leaves_the_others_of_the_batch_alone(caplog) -> None:
+    decoder = ours.build_ctcdecoder(BUNNY_LABELS)
+    good = [random_logits(seed, 20, len(BUNNY_LABELS)) for seed in range(2)]
+    broken = random_logits(3, 20, len(BUNNY_LABELS))
+    broken[7, 2] = math.nan
+    given = [good[0], broken, np.zeros((0, len(BUNNY_LABELS))), good[1]]
+    assert decoder.decode_batch(None, given) == [decoder.decode(good[0]), "", "", decoder.decode(good[1])]
+    assert caplog.text.count("utterance 1 was not decoded") == 1
+    assert "NaN" in caplog.text
+    beams = decoder.decode_beams_batch(None, given)
+    assert [[tuple(beam) for beam in own] for own in beams[1:3]] == [
+        [("", [], -math.inf, -math.inf)],
+        [("", [], 0.0, 0.0)],
+    ]
+    for own, logits in ((beams[0], good[0]), (beams[3], good[1])):
+        assert [beam.lm_score for beam in own] == [beam.lm_score for beam in decoder.decode_beams(logits)]
+    with pytest.raises(InvalidArgumentError, match="logits"):  # not a bad recording: a wrong call
+        decoder.decode_batch(None, [good[0], good[1][:, :5]])
+
+
 def test_hotwords_pull_their_words() -> None:
     decoder = ours.build_ctcdecoder(BUNNY_LABELS)
     assert decoder.decode(bunny_logits()) == "bunny bunny"
@@ -308,13 +354,11 @@ def test_broken_decoder_folders_are_refused(tmp_path: Path) -> None:
 
 def test_bad_input_is_refused() -> None:
     decoder = ours.build_ctcdecoder(BUNNY_LABELS)
-    for bad in (np.zeros((4, 7)), np.zeros(8), np.zeros((1, 4, 8)), np.zeros((4, 8), np.int64), "logits", None):
+    for bad in (np.zeros((4, 7)), np.zeros(8), np.zeros((1, 4, 8)), np.zeros((4, 8), bool), "logits", None):
         with pytest.raises(InvalidArgumentError, match="logits"):
             decoder.decode(bad)
     with pytest.raises(AcousticScoresError, match="NaN"):
         decoder.decode(np.full((4, 8), math.nan))
-    with pytest.raises(AcousticScoresError, match="no frames"):
-        decoder.decode(np.zeros((0, 8)))
     for settings in ({"beam_width": 0}, {"beam_prune_logp": 1.0}, {"hotword_weight": math.nan}):
         with pytest.raises(InvalidArgumentError):
             decoder.decode(np.zeros((4, 8)), **settings)

@@ -177,6 +177,19 @@ def test_pieces_and_batches_give_what_one_call_gives(toy) -> None:
         assert [h.words for h in found] == [h.words for h in wanted]
 
 
+def test_nan_loses_its_utterance_alone(toy, caplog) -> None:
+    decoder = ctc_decoder(str(toy[0]), TOKENS, nbest=2)
+    batch = torch.stack([emissions_of(12, len(TOKENS), seed) for seed in range(3)])
+    wanted = decoder(batch)
+    batch[1, 5, 0] = math.nan
+    found = decoder(batch)
+    assert found[1] == []
+    assert "utterance 1 was not decoded" in caplog.text
+    for place in (0, 2):
+        assert [h.score for h in found[place]] == [h.score for h in wanted[place]]
+    assert len(decoder(batch, torch.tensor([12, 5, 12]))[1]) == 2  # NaN behind the end is not looked at
+
+
 def test_token_files_and_dictionaries(toy, tmp_path) -> None:
     lexicon, lm = toy
     tokens, words = tmp_path / "tokens.txt", tmp_path / "words.txt"
@@ -205,7 +218,7 @@ def test_bad_arguments_are_refused(toy, tmp_path) -> None:
         (InvalidArgumentError, lambda: decoder(torch.zeros(3, 4))),
         (InvalidArgumentError, lambda: decoder(torch.zeros(1, 3, 4))),
         (InvalidArgumentError, lambda: decoder(torch.zeros(1, 3, len(TOKENS)), torch.tensor([4]))),
-        (InvalidArgumentError, lambda: decoder(nan)),
+        (InvalidArgumentError, lambda: decoder.decode_step(nan[0])),
     ):
         with pytest.raises(error):
             wrong()

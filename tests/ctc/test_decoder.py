@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -31,6 +32,56 @@ def test_librispeech_sentence_with_a_batch_of_tensors() -> None:
     best = whole.best
     assert best.total == pytest.approx(best.parts["asr"])
     assert "".join(token.text for token in best.tokens).strip() == LIBRI_TEXT
+
+
+def runs_of(best: np.ndarray, blank: int) -> list[tuple[int, int, int]]:
+    """Label, first frame and the one after the last of each label of a path."""
+    found: list[tuple[int, int, int]] = []
+    for frame, label in enumerate(best.tolist()):
+        if found and label == best[frame - 1] and label != blank:
+            found[-1] = (label, found[-1][1], frame + 1)
+        elif label != blank:
+            found.append((label, frame, frame + 1))
+    return found
+
+
+def test_words_and_labels_of_the_librispeech_sentence_have_the_times_of_its_best_path() -> None:
+    runs = runs_of(libri().argmax(axis=1), 28)
+    text = "".join(LIBRI_LABELS[label] for label, _, _ in runs)
+    assert text.strip() == LIBRI_TEXT
+    places = [place for place, letter in enumerate(text) if letter == " "]
+    bounds = [-1, *places, len(text)]
+    wanted = [
+        {"word": text[a + 1 : b], "start": runs[a + 1][1] * 0.02, "end": runs[b - 1][2] * 0.02}
+        for a, b in itertools.pairwise(bounds)
+        if b > a + 1
+    ]
+    (result,) = CTCDecoder(LIBRI_LABELS, blank="", delimiter=" ", frame_seconds=0.02).decode(
+        libri()[None], beam_size=30
+    )
+    record = result.to_json()
+    assert [word["word"] for word in record["words"]] == LIBRI_TEXT.split()
+    for found, own in zip(record["words"], wanted, strict=True):
+        assert found == {"word": own["word"], "start": pytest.approx(own["start"]), "end": pytest.approx(own["end"])}
+    assert record["n_best"][0]["words"] == record["words"] == result.to_whisper()["segments"][0]["words"]
+    assert result.words[-1].end <= result.duration == pytest.approx(7.42)
+    tokens = record["n_best"][0]["tokens"]
+    assert [token["start"] for token in tokens] == pytest.approx([start * 0.02 for _, start, _ in runs])
+    ends = [(token["end"], end * 0.02) for token, (_, _, end) in zip(tokens, runs, strict=True) if token["text"] != " "]
+    assert [found for found, _ in ends] == pytest.approx([end for _, end in ends])  # spaces tie with blanks here
+
+
+def test_times_need_the_length_of_a_frame() -> None:
+    log_probs = np.full((1, 6, 4), -9.0, np.float32)
+    log_probs[0, range(6), [0, 2, 2, 3, 1, 3]] = -0.001
+    (frames,), (nothing,) = (
+        CTCDecoder(LABELS, 0, 1, frame_seconds=seconds).decode(log_probs) for seconds in (1.0, 0.0)
+    )
+    assert [(word.word, word.start, word.end) for word in frames.words] == [("ab", 1.0, 4.0), ("b", 5.0, 6.0)]
+    assert [(token.start, token.end) for token in frames.best.tokens] == [(1, 3), (3, 4), (4, 5), (5, 6)]
+    assert nothing.text == "ab b"
+    assert nothing.words == ()
+    assert "start" not in nothing.to_json()["n_best"][0]["tokens"][0]
 
 
 def test_parts_add_up_and_can_be_reranked() -> None:
@@ -79,7 +130,11 @@ def test_the_backend_is_chosen_by_the_scores_and_the_settings(caplog: pytest.Log
     with caplog.at_level("INFO"):
         wordy = decoder.search(beam_size=12, word_bonus=1.0)
         assert chooser.choose(wordy, there) is wordy
+        assert chooser.choose(native, there, is_late=True) is native
     assert "length_bonus" in caplog.text
+    assert "asked late" in caplog.text
+    with pytest.raises(InvalidArgumentError, match="asked late"):
+        chooser.choose(decoder.search(backend="device"), batch, is_late=True)
     with pytest.raises(InvalidArgumentError, match="length_bonus"):
         decoder.decode(batch, word_bonus=1.0, backend="device")
     with pytest.raises(InvalidArgumentError, match="backend"):
@@ -95,7 +150,7 @@ def test_bad_input_is_refused() -> None:
     decoder = CTCDecoder(LABELS)
     with pytest.raises(InvalidArgumentError, match="beam_width"):
         decoder.decode(np.full((1, 2, 4), -2.0), beam_width=3)
-    for bad in (None, np.float32(3), np.zeros((2, 4)), [[1.0]]):
+    for bad in (None, np.float32(3), np.zeros((2, 3)), [[1.0]]):
         with pytest.raises(InvalidArgumentError, match="log_probs"):
             decoder.decode(bad)
     assert decoder.search(CtcOptions(beam_size=3)).options.beam_size == 3

@@ -163,6 +163,47 @@ def test_chunks_of_any_sizes_and_a_look_at_the_end_change_nothing(trigger: Any) 
         assert_same(one, other, 1e-4)
 
 
+@pytest.mark.parametrize("trigger", ["shortest", "interval", "hybrid"])
+@pytest.mark.parametrize("score_span", ["all", "common"])
+def test_results_do_not_depend_on_the_batch(trigger: Any, score_span: Any) -> None:
+    log_probs, lengths = random_log_probs(6, (6, 16, 5)), [16, 3, 11, 0, 16, 7]
+    decoder = CTCDecoder(ALPHABET.labels, 0, 1, threads=1, llm=LM)
+    names = {"rule": fusion.delayed(WEIGHT, trigger, 4, score_span), "beam_size": 6, "n_best": 6}
+    together = decoder.decode(log_probs, lengths, **names)
+    for place, count in enumerate(lengths):
+        if count == 0:
+            assert together[place].error is not None
+            continue
+        (alone,) = decoder.decode(log_probs[place, :count], **names)
+        assert [h.text for h in alone.n_best] == [h.text for h in together[place].n_best]
+        totals = [h.total for h in together[place].n_best]
+        assert [h.total for h in alone.n_best] == pytest.approx(totals, abs=1e-4)
+    assert len({h.text for result in together if not result.error for h in result.n_best}) > 15
+
+
+@pytest.mark.parametrize("delimiter", [None, 5])
+def test_scripts_without_spaces_are_scored_by_characters(search_class: type, delimiter: int | None) -> None:
+    """No space is said, and still the language model has its say before the end, on text alone or beside letters."""
+    alphabet = CtcAlphabet(("", "你", "好", "世", "界", " "), delimiter=delimiter)
+    inner = search_class(alphabet, CtcOptions(beam_size=8))
+    search = DelayedCtcSearch(inner, LM, fusion.delayed(WEIGHT, "interval", 3, tail="free"))
+    log_probs = random_log_probs(4, (2, 12, 6))
+    log_probs[:, :, 5] = -30.0
+    state = search.begin(2)
+    search.step(state, log_probs, [12, 9])
+    for own in inner.live(state.inner):
+        for prefix in own:  # every character is complete as soon as it is said
+            wanted = float(score_texts(LM, [prefix.text], include_end=False)[0].sum()) if prefix.text else 0.0
+            assert " " not in prefix.text
+            assert prefix.extra == pytest.approx(WEIGHT * wanted, abs=1e-3)
+    before = state.counts["llm_calls"]
+    assert before > 2
+    for result in search.end(state, 8):
+        for h in result.hypotheses:
+            assert h.parts["llm"] == pytest.approx(from_scratch(h.text), abs=1e-3)
+            assert h.total == pytest.approx(h.parts["asr"] + WEIGHT * h.parts["llm"], abs=1e-3)
+
+
 def test_no_slot_leaks_and_a_failed_utterance_fails_alone() -> None:
     log_probs = random_log_probs(3, (2, 15, 5))
     log_probs[1, 4, 0] = math.nan
@@ -173,14 +214,15 @@ def test_no_slot_leaks_and_a_failed_utterance_fails_alone() -> None:
     assert good.best.text == searched(search, log_probs[:1])[0].best.text
     assert bad.error is not None
     trees = state.texts.trees
-    for place, node in state.held:
-        trees.drop(place, node)
+    for place, nodes in state.held.items():
+        for node in nodes:
+            trees.drop(place, node)
     assert trees.num_used == 2  # the begin tokens
 
 
 def test_other_rules_are_refused() -> None:
     plain = CtcSearch(ALPHABET, CtcOptions(beam_size=6))
-    for rule in (fusion.static(0.3), fusion.delayed(0.3, unit="tokens"), fusion.delayed(0.3, proxy_weight=0.1)):
+    for rule in (fusion.static(0.3), fusion.delayed(0.3, unit="tokens")):
         with pytest.raises(InvalidArgumentError, match=r"fusion\.delayed\(weight\)"):
             DelayedCtcSearch(plain, LM, rule)
 

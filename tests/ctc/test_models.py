@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from shallowfusion import fusion
 from shallowfusion.cli.main import main
 from shallowfusion.ctc.decoder import CTCDecoder
 from shallowfusion.ctc.models import is_ctc_model, load_ctc_model
-from shallowfusion.errors import AudioError, InvalidArgumentError, ModelError
+from shallowfusion.errors import AudioError, InvalidArgumentError, ModelError, VocabularyError
 from shallowfusion.scorers.preparation import Int8Linear
 from tests.ctc.tiny_models import KINDS, LETTERS, PIECES, save_tiny_model
 from tests.shipped import ASR, MEDICAL, clip
@@ -128,6 +130,16 @@ def test_a_language_model_has_its_say(directories: dict[str, str], kind: str, tm
     assert result.best.total == pytest.approx(result.best.parts["asr"] + 0.5 * result.best.parts["lm"], abs=1e-4)
 
 
+def test_a_late_language_model_need_not_spell_labels_that_are_never_said(directories: dict[str, str]) -> None:
+    decoder = CTCDecoder.from_pretrained(directories["hubert"], device="cpu", threads=1, llm=MEDICAL)
+    assert decoder.model is not None
+    assert any("<" in decoder.model.labels[label] for label in decoder.model.silenced)
+    (result,) = decoder.transcribe(recordings(1), rule=fusion.delayed(0.3, interval=None), beam_size=4)
+    assert result.best.parts["llm"] < 0
+    with pytest.raises(VocabularyError, match="'<'"):
+        CTCDecoder(["", "a", "<"], llm=decoder.llm).decode(np.full((1, 2, 3), -2.0), rule=fusion.delayed(0.3))
+
+
 def test_failures_stay_alone(directories: dict[str, str]) -> None:
     decoder = CTCDecoder.from_pretrained(directories["wavlm"], device="cpu", threads=1)
     given = [recordings()[0], "missing.wav", clip(2), np.zeros(100, dtype=np.float32)]
@@ -163,6 +175,66 @@ def test_the_command_line_chooses_by_model(directories: dict[str, str], capsys: 
     text = capsys.readouterr().out.strip()
     decoder = CTCDecoder.from_pretrained(directories["wav2vec2"], device="cpu")
     assert text == decoder.transcribe(clip(2), beam_size=20)[0].text
-    for given in (["--stop-rule", "whisper"], ["--ctc-weight", "0.3"], ["--lm", MEDICAL, "--lm", MEDICAL]):
+    for given in (
+        ["--stop-rule", "whisper"],
+        ["--ctc-weight", "0.3"],
+        ["--lm", MEDICAL, "--lm", MEDICAL],
+        ["--lm", MEDICAL],
+        ["--rule", "delayed(0.5)"],
+        ["--lm", MEDICAL, "--lm-weight", "0.3"],
+    ):
         assert main([*command, *given]) == 2
         assert "CTC model" in capsys.readouterr().err
+    assert main(["transcribe", str(clip(2)), "--asr", ASR, "--word-bonus", "1", "--backend", "native"]) == 2
+    assert "word_bonus, backend are for the search of CTC models" in capsys.readouterr().err
+
+
+def words_arpa(path: Path) -> str:
+    lines = ["\\data\\", "ngram 1=4", "", "\\1-grams:", "-2\t<unk>", "-99\t<s>", "-1\t</s>", "-1\tt", "", "\\end\\", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_the_command_line_gives_a_ctc_model_both_language_models_and_its_own_options(
+    directories: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arpa, model = words_arpa(tmp_path / "words.arpa"), directories["hubert"]
+    command = [
+        "transcribe", str(clip(2)), "--asr", model, "--device", "cpu", "--lm", MEDICAL, "--lm", arpa,
+        "--rule", "delayed(0.4, interval=20, proxy_weight=0.3)", "--beam-size", "6", "--n-best", "2",
+        "--word-bonus", "0.5", "--beam-margin", "40", "--blank-skip", "0.99", "--backend", "native", "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    decoder = CTCDecoder.from_pretrained(model, arpa, device="cpu", llm=MEDICAL)
+    (wanted,) = decoder.transcribe(
+        clip(2), n_best=2, rule=fusion.delayed(0.4, interval=20, proxy_weight=0.3), beam_size=6, word_bonus=0.5,
+        beam_margin=40.0, blank_skip=0.99, backend="native",
+    )  # fmt: skip
+    assert [found["text"] for found in record["n_best"]] == [found.text for found in wanted.n_best]
+    assert record["n_best"][0]["total"] == pytest.approx(wanted.best.total)
+    assert set(record["n_best"][0]["parts"]) == {"asr", "lm", "llm"}
+    assert record["timing"]["llm_calls"] > 1
+    assert " ".join(word["word"] for word in record["words"]) == record["text"]
+    ends = [word["end"] for word in record["words"]]
+    assert ends == sorted(ends)
+    assert ends[-1] <= record["duration"]
+    assert main([*command[:6], "--blank-skip", "2"]) == 2
+    assert "blank_skip" in capsys.readouterr().err
+
+
+def test_a_ctc_model_is_evaluated_alone_and_fused(
+    directories: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arpa, model, manifest = words_arpa(tmp_path / "words.arpa"), directories["wav2vec2"], tmp_path / "test.jsonl"
+    manifest.write_text(json.dumps({"audio": str(clip(2)), "text": "some words", "id": "one"}) + "\n")
+    command = ["evaluate", str(manifest), "--asr", model, "--device", "cpu", "--lm", arpa, "--beam-size", "8", "--json"]
+    assert main([*command, "--try-weights", "0,3", "--word-bonus", "1"]) == 0
+    baseline, zero, three = json.loads(capsys.readouterr().out)["systems"]
+    alone = CTCDecoder.from_pretrained(model, device="cpu").transcribe(clip(2), beam_size=8, word_bonus=1.0)[0]
+    fused = CTCDecoder.from_pretrained(model, arpa, device="cpu")
+    texts = [fused.transcribe(clip(2), beam_size=8, word_bonus=1.0, lm_weight=weight)[0].text for weight in (0.0, 3.0)]
+    assert [list(found["texts"].values()) for found in (baseline, zero, three)] == [[alone.text], *([t] for t in texts)]
+    assert texts[1] != alone.text
+    assert main([*command, "--calibration", "nowhere.json"]) == 2
+    assert "calibration mean nothing" in capsys.readouterr().err

@@ -90,7 +90,6 @@ BAD_ARRAYS: list[Any] = [
     np.zeros((2, 3, 7)),
     np.zeros((1, 3, 6)),
     np.zeros((3, 3, 6)),
-    np.zeros((2, 3, 6), np.int64),
     np.zeros((2, 3, 6), np.complex64),
     np.zeros((2, 3, 6), bool),
     torch.zeros(2, 3, 7),
@@ -201,6 +200,17 @@ def test_half_scores_equal_their_float32_values(any_search_class: type, dtype: A
     full = half.float().numpy() if isinstance(half, torch.Tensor) else half.astype(np.float32)
     search = any_search_class(WORDS)
     for one, other in zip(searched(search, half, 3), searched(search, full, 3), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, torch.int32])
+def test_whole_numbers_equal_their_float32_values(any_search_class: type, dtype: Any) -> None:
+    log_probs = np.round(random_log_probs(6, (2, 7, 6), scale=9.0)).clip(-100, 0)
+    log_probs[:, 0] = -2.0
+    whole = torch.from_numpy(log_probs).to(dtype) if isinstance(dtype, torch.dtype) else log_probs.astype(dtype)
+    search = any_search_class(WORDS)
+    for one, other in zip(searched(search, whole, 3), searched(search, log_probs, 3), strict=True):
+        assert one.error is None
         assert_same(one, other)
 
 
