@@ -15,8 +15,6 @@ from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
 from shallowfusion.options import DecodingOptions
-from shallowfusion.phrases.automaton import PhraseAutomaton
-from shallowfusion.phrases.patterns import patterns, spread, whole_words
 from shallowfusion.scorers.base import Context, Scorer
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.fingerprints import fingerprint
@@ -28,6 +26,7 @@ from shallowfusion.scorers.prefixes import PrefixCache, Prefixes
 from shallowfusion.scorers.source_domain import SourceDomainScorer
 from shallowfusion.search.bridging import Bridges, LmBridge
 from shallowfusion.search.candidates import CandidateScorer
+from shallowfusion.search.hotword_phrases import HotwordPhrases
 from shallowfusion.search.late import DelayedModels, late_sources
 from shallowfusion.search.lookups import with_ngram_lookups
 from shallowfusion.search.loop import SearchPlan, StageClock
@@ -73,7 +72,7 @@ class SearchPlanner:
         self.prefixes = PrefixCache() if prefixes is None else prefixes
         self._names = names
         self._made: dict[Hashable, Any] = {}
-        self._last_phrases: tuple[tuple[dict[str, float], bool], PhraseAutomaton] | None = None
+        self._phrases = HotwordPhrases(acoustic.tokenizer, acoustic.scorer.vocabulary.tokens)
         self._bridges = Bridges(acoustic.scorer.vocabulary, self.language_models, lm_bridge)
 
     @cached_property
@@ -311,7 +310,7 @@ class SearchPlanner:
                 not include_end,
                 tokens.end,
             ),
-            phrases=self._phrases(options.weighted_hotwords(), options.hotwords_inside_words),
+            phrases=self._phrases.automaton(options.weighted_hotwords(), options.hotwords_inside_words),
             vocab_size=len(acoustic.vocabulary),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
             timestamps=self._timestamps(options),
@@ -324,25 +323,6 @@ class SearchPlanner:
             return own
         known = token_map(self.acoustic.scorer.vocabulary, self.language_models[-1].vocabulary, include_end=False)
         return own if known is None else torch.where(own < 0, own, known)
-
-    def _phrases(self, hotwords: dict[str, float], inside_words: bool) -> PhraseAutomaton | None:
-        """The automaton of the hotwords; the one of the call before if they are the same."""
-        if not hotwords:
-            return None
-        known = self._last_phrases  # read once: another thread may replace it
-        if known is None or known[0] != (hotwords, inside_words):
-            pieces = self.acoustic.scorer.vocabulary.tokens
-            found = spread(patterns(hotwords, self._spellings))
-            known = (hotwords, inside_words), PhraseAutomaton(found if inside_words else whole_words(found, pieces))
-            self._last_phrases = known
-        return known[1]
-
-    def _spellings(self, text: str) -> list[list[int]]:
-        """A phrase in tokens, with a space in front and without; none that spells another text."""
-        encode, pieces = self.acoustic.tokenizer.encode, self.acoustic.scorer.vocabulary.tokens
-        wanted = text.strip()
-        found = [encode(start + wanted, add_special_tokens=False) for start in (" ", "")]
-        return [ids for ids in found if b"".join(pieces[i] or b"" for i in ids).strip() == wanted.encode()]
 
     def _timestamps(self, options: DecodingOptions) -> TimestampRules | None:
         return None if options.without_timestamps else timestamp_rules(self.acoustic, options.max_initial_timestamp)

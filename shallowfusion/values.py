@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-__all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "Span", "StepRequest", "Token", "Unmapped"]
-=======
-__all__ = ["Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "StepRequest", "Token", "Unmapped", "Word"]
->>>>>>> ctcb
+__all__ = [
+    "Candidates", "Hypothesis", "RowStatistics", "SparseBonus", "Span", "StepRequest", "Token", "Unmapped", "Word",
+]  # fmt: skip
 
 Combine = Literal["log_linear", "mixture"]
 Normalize = Literal["none", "local", "end_factored"]
@@ -222,11 +220,8 @@ class Hypothesis:
         flags: "forced_finish" (stopped without an end token), "truncation" (ended although the acoustic model gave
             the end little chance), "repetition" (the text repeats itself), "nan" (a model returned NaN),
             "lm_distrusted" (decoded without language models, which found the fused one too unlikely).
-<<<<<<< HEAD
         spans: what lies between timestamps, in order; None if they were not asked for.
-=======
         words: with times, of a CTC search whose frames have a length; else none.
->>>>>>> ctcb
     """
 
     text: str
@@ -236,11 +231,8 @@ class Hypothesis:
     score: float
     parts: Mapping[str, float]
     flags: tuple[str, ...] = ()
-<<<<<<< HEAD
     spans: tuple[Span, ...] | None = None
-=======
     words: tuple[Word, ...] = ()
->>>>>>> ctcb
 
     @property
     def ended(self) -> bool:
