@@ -121,9 +121,9 @@ def test_twenty_thousand_phrases_are_one_automaton_per_decoder(model) -> None:
     hotwords = {spelled(rng.integers(0, 40, 6)): 1.0 for _ in range(20_000)}
     states = random_encoder_output(model.acoustic, 2)
     first = model.decode(states, rule=fusion.static(0.2), hotwords=hotwords, **OPTIONS)
-    automaton = model._planner._last_phrases
+    automaton = model._planner._phrases._last
     again = model.decode(states, rule=fusion.static(0.2), hotwords=dict(hotwords), **OPTIONS)
-    assert model._planner._last_phrases is automaton
+    assert model._planner._phrases._last is automaton
     assert [h.total for r in first for h in r.n_best] == [h.total for r in again for h in r.n_best]
     assert torch.isfinite(torch.tensor([h.total for r in first for h in r.n_best])).all()
 
@@ -133,7 +133,7 @@ def test_hotwords_are_whole_words_unless_told_otherwise() -> None:
     encode = planner.acoustic.tokenizer.encode
 
     def bonus(text: str, inside_words: bool) -> float:
-        automaton = planner._phrases({"art": 3.0}, inside_words)
+        automaton = planner._phrases.automaton({"art": 3.0}, inside_words)
         assert automaton is not None
         state, total = [automaton.start_state], 0.0
         for token in encode(text, add_special_tokens=False):
