@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from shallowfusion.errors import AudioError
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.session.encoding import EncoderPass, RecordingEncoder, each_ahead, is_out_of_memory, overlaps
+from shallowfusion.session.hearing import samples_of
 from shallowfusion.session.jobs import Job
 
 
@@ -19,7 +21,7 @@ def job(item: object) -> Job:
 
 
 def test_a_batch_is_encoded_in_one_pass_and_costs_are_shared(hearing, sounds) -> None:
-    encoder = RecordingEncoder(hearing.acoustic, hearing._samples)
+    encoder = RecordingEncoder(hearing.acoustic, partial(samples_of, hearing.acoustic))
     jobs = [job(own) for own in sounds[:3]]
     found = encoder.encode(jobs)
     wanted = hearing.acoustic.scorer.encode(log_mel(sounds[:3], hearing.acoustic.features))
@@ -43,7 +45,7 @@ def test_each_outcome_is_its_own(hearing, sounds) -> None:
     jobs = [job(sounds[0]), job("no-such-file.wav"), job(None), job(sounds[1])]
     jobs[2].features, jobs[2].seconds = nan, 1.0
     jobs[3].future.cancel()
-    found = RecordingEncoder(hearing.acoustic, hearing._samples).encode(jobs)
+    found = RecordingEncoder(hearing.acoustic, partial(samples_of, hearing.acoustic)).encode(jobs)
     assert found[0].output is not None
     assert isinstance(found[1].error, AudioError)
     assert isinstance(found[2].error, RuntimeError)
