@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BASE_PYTHON ?= python3
 OLDEST := $(VENV)/transformers-5.17
 
-.PHONY: help env demo test bench lint types check oldest fuzz sanitize soak clean
+.PHONY: help env demo test bench lint types check oldest fuzz races sanitize soak clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -86,13 +86,17 @@ $(THREADED)/threads: $(addprefix $(THREADED)/,$(addsuffix .o,$(CORE) threads))
 $(SANITIZED)/_native.so: $(addprefix $(SANITIZED)/,$(addsuffix .o,$(CORE) $(BINDINGS)))
 	$(CXX) -shared $(CHECKED) -pthread $^ -o $@
 
-fuzz:  ## random calls of the C++ core under address, undefined-behaviour and thread sanitizers
-	mkdir -p $(SANITIZED) $(THREADED)
-	$(MAKE) --no-print-directory -s -j$(JOBS) $(SANITIZED)/fuzz $(THREADED)/threads
+fuzz:  ## random calls of the C++ core under address and undefined-behaviour sanitizers
+	mkdir -p $(SANITIZED)
+	$(MAKE) --no-print-directory -s -j$(JOBS) $(SANITIZED)/fuzz
 	$(UNDEFINED) $(SANITIZED)/fuzz
+
+races:  ## calls of the C++ core by several threads at once under the thread sanitizer
+	mkdir -p $(THREADED)
+	$(MAKE) --no-print-directory -s -j$(JOBS) $(THREADED)/threads
 	TSAN_OPTIONS=halt_on_error=1 $(THREADED)/threads
 
-sanitize: env fuzz  ## the same, then the tests of the bindings on a core with the sanitizers
+sanitize: env fuzz races  ## both, then the tests of the bindings on a core with the sanitizers
 	$(MAKE) --no-print-directory -s -j$(JOBS) $(SANITIZED)/_native.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(UNDEFINED) OMP_NUM_THREADS=1 \

@@ -222,12 +222,12 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
         return
     name, tokens = "whisper-small.en+gpt2", 16
     pair = make_pair(SHAPES[name], device)
-    for utterances, beam_size in [(1, 5), (4, 5), (1, 1), (1, 2), (1, 10), (8, 5)]:
+    for utterances, beam_size in [(1, 5), (4, 5), (1, 1), (1, 2), (1, 10)]:  # (8, 5) is among the peers
         yield compare(pair, name, utterances, beam_size, tokens, device)
     yield compare(pair, name, 8, 5, 48, device)  # as long as speech is
     base = "whisper-base.en+gpt2"
     pair = make_pair(SHAPES[base], device)
-    for utterances, beam_size in [(1, 5), (4, 2), (8, 5), (16, 5)]:
+    for utterances, beam_size in [(1, 5), (16, 5)]:
         yield compare(pair, base, utterances, beam_size, tokens, device)
     if device == "cpu":
         for utterances in (1, 4, 8):
@@ -237,14 +237,16 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
 def compare(pair: Pair, name: str, utterances: int, beam_size: int, tokens: int, device: str) -> list[Measurement]:
     states = encoder_output(SHAPES[name], utterances).to(device)
     providers = providers_of(pair, states, beam_size, tokens, with_uncached=(utterances, beam_size) == (1, 5))
+    is_large = utterances * beam_size * tokens >= 1000  # a turn takes minutes
+    if is_large:
+        providers = {key: call for key, call in providers.items() if "no LM" not in key}
     shape = f"{name} utterances={utterances} beams={beam_size} tokens={tokens} threads={torch.get_num_threads()}"
     found = {key: call() for key, call in providers.items()}
     fused = {str(value) for key, value in found.items() if "no LM" not in key}
     plain = {str(value) for key, value in found.items() if "no LM" in key}
-    if len(fused) != 1 or len(plain) != 1:
+    if len(fused) != 1 or len(plain) > 1:
         raise AssertionError(f"hypotheses differ at {shape}: no speed is reported")
-    repeats = 3 if utterances * beam_size * tokens < 1000 else 1  # a turn of the largest takes minutes
-    seconds = take_turns(providers, repeats, warm_up=0, device=device)  # the check above has warmed up
+    seconds = take_turns(providers, 1 if is_large else 3, warm_up=0, device=device)  # the check above has warmed up
     return measurements("decode", shape, "float32", seconds, "shallowfusion")
 
 

@@ -34,7 +34,7 @@ def picture(rows: Rows, path: Path) -> None:
 
     heard = [row for row in rows if row["system"].startswith("CTC")]
     written = [row for row in rows if not row["system"].startswith("CTC")]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 6.4))
     _lines(left, written, "times_faster_gpt2_small", lambda ratio: 1 / ratio)
     left.set(
         title="attention decoder, LM as big as GPT-2 small", xlabel="time over that of fusion at every token, beam 5"
@@ -44,7 +44,7 @@ def picture(rows: Rows, path: Path) -> None:
     for axes in (left, right):
         axes.set(xscale="log", ylabel="word error rate, %")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

@@ -81,7 +81,7 @@ def compare(
         raise AssertionError(f"hypotheses of {', '.join(wrong)} differ at {shape}: no speed is reported")
     notes = {key: same_of(found[key], plain) for key in ("shallowfusion int8, no LM", *rounded)}
     notes["shallowfusion int8"] = same_of(found["shallowfusion int8"], fused)
-    seconds = take_turns(calls, repeats=3, warm_up=0)
+    seconds = take_turns(calls, repeats=3 if utterances < 8 else 2, warm_up=0)
     return measurements("peers", shape, "float32", seconds, "shallowfusion", note=notes)
 
 
