@@ -207,7 +207,8 @@ bool fuzz_prefix_scores() {
   std::vector<float> by_label = random_log_probs(labels, std::max<int64_t>(frames, 1), false);
   by_label.resize(static_cast<size_t>(frames * labels));  // not normalised over labels, which the scores do not ask
   for (float& value : by_label) value = std::min(value, 0.0F);
-  CtcPrefixUtterance utterance(by_label, labels, blank, one_in(2) ? 0.0 : draw_between(0.0, 0.5));
+  const int64_t delimiter = labels == 1 || one_in(2) ? -1 : (blank + draw(1, static_cast<int>(labels) - 1)) % labels;
+  CtcPrefixUtterance utterance(by_label, labels, blank, delimiter, one_in(2) ? 0.0 : draw_between(0.0, 0.5));
   for (int step = 0; step < 8; ++step) {
     std::vector<int64_t> rows, tokens;
     for (int count = draw(0, 6); count > 0; --count) {

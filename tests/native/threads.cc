@@ -158,7 +158,7 @@ Answer call_prefix_scores(Shared& shared, int threads) {
   Answer answer(4);
   parallel_for(4, threads, [&](int64_t number) {
     CtcPrefixUtterance utterance(std::vector<float>(shared.log_probs.begin(), shared.log_probs.begin() + kLabels * 5),
-                                 kLabels, 0, 0.0);
+                                 kLabels, 0, -1, 0.0);
     const std::vector<int64_t> rows{0, 0}, labels{number + 1, number + 2};
     std::vector<double> scores(2);
     utterance.follow(rows.data(), labels.data(), 2);
