@@ -224,7 +224,6 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     pair = make_pair(SHAPES[name], device)
     for utterances, beam_size in [(1, 5), (4, 5), (1, 1), (1, 2), (1, 10)]:  # (8, 5) is among the peers
         yield compare(pair, name, utterances, beam_size, tokens, device)
-    yield compare(pair, name, 8, 5, 48, device)  # as long as speech is
     base = "whisper-base.en+gpt2"
     pair = make_pair(SHAPES[base], device)
     for utterances, beam_size in [(1, 5), (16, 5)]:
