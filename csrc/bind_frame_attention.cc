@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "bind_addresses.h"
 #include "bindings.h"
 #include "frame_attention.h"
 
@@ -16,16 +17,6 @@ namespace py = pybind11;
 
 using Strides = std::array<int64_t, 3>;  // of utterances, positions and heads, in elements
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
-
-template <typename T>
-T* pointer(uint64_t address, uint64_t alignment, const char* name) {
-  check(address != 0 && address % alignment == 0, std::string(name) + " must be aligned and not null.");
-  return reinterpret_cast<T*>(address);
-}
-
 void attend(uint64_t query, const Strides& query_strides, uint64_t keys, const Strides& key_strides, uint64_t values,
             const Strides& value_strides, int dtype, uint64_t output, uint64_t lengths,
             const std::array<int64_t, 6>& sizes, float scale, const std::optional<std::string>& level, int threads) {
@@ -35,7 +26,7 @@ void attend(uint64_t query, const Strides& query_strides, uint64_t keys, const S
   check(heads % key_heads == 0, "heads must be a multiple of key_heads.");
   check(dim % kMaxLanes == 0 && dim <= kMostDim, "dim must be a multiple of 16 up to 256.");
   check(dtype >= 0 && dtype <= 2, "dtype code must be 0, 1 or 2.");
-  check(threads >= 1 && threads <= 256, "threads must be from 1 to 256.");
+  check_threads(threads);
   const auto kind = static_cast<Dtype>(dtype);
   const auto alignment = static_cast<uint64_t>(item_size(kind));
   FrameAttention call{};

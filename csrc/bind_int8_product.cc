@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <string>
 
+#include "bind_addresses.h"
 #include "bindings.h"
 #include "int8_product.h"
 
@@ -13,26 +14,11 @@ namespace py = pybind11;
 constexpr int64_t kMostInputs = 1 << 16;  // beyond, a sum of products might not fit 32 bits
 constexpr int64_t kMost = int64_t{1} << 31;
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
-
-template <typename T>
-T* pointer(uint64_t address, uint64_t alignment, const char* name) {
-  check(address != 0 && address % alignment == 0, std::string(name) + " must be aligned and not null.");
-  return reinterpret_cast<T*>(address);
-}
-
 void check_sizes(int64_t outputs, int64_t inputs) {
   check(outputs >= 1 && outputs <= kMost && inputs >= kInputsAtOnce && inputs <= kMostInputs &&
             inputs % kInputsAtOnce == 0,
         "outputs must be from 1 to 2^31 and inputs a multiple of 4 up to 65536, got " + std::to_string(outputs) +
             " and " + std::to_string(inputs) + ".");
-}
-
-Dtype dtype_of(int code) {
-  check(code == 0 || code == 2, "dtype code must be 0 (float32) or 2 (bfloat16), got " + std::to_string(code) + ".");
-  return static_cast<Dtype>(code);
 }
 
 void pack(uint64_t weights, int64_t outputs, int64_t inputs, uint64_t packed) {
@@ -48,9 +34,9 @@ void product(uint64_t values, int dtype, uint64_t packed, uint64_t scales, uint6
   check(has_int8_product(), "this machine has no AVX-512 VNNI.");
   check_sizes(outputs, inputs);
   check(rows >= 1 && rows <= kMost, "rows must be from 1 to 2^31, got " + std::to_string(rows) + ".");
-  check(threads >= 1 && threads <= 256, "threads must be from 1 to 256, got " + std::to_string(threads) + ".");
-  const Dtype kind = dtype_of(dtype);
-  const Dtype made = dtype_of(output_dtype);
+  check_threads(threads);
+  const Dtype kind = row_dtype(dtype);
+  const Dtype made = row_dtype(output_dtype);
   const Int8Product call{
       pointer<const char>(values, static_cast<uint64_t>(item_size(kind)), "values"),
       kind,

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <string>
 
+#include "bind_addresses.h"
 #include "bindings.h"
 #include "row_rounding.h"
 
@@ -10,32 +11,17 @@ namespace {
 
 namespace py = pybind11;
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
-
-Dtype dtype_of(int code) {
-  check(code == 0 || code == 2, "dtype code must be 0 (float32) or 2 (bfloat16), got " + std::to_string(code) + ".");
-  return static_cast<Dtype>(code);
-}
-
-template <typename T>
-T* pointer(uint64_t address, uint64_t alignment, const char* name) {
-  check(address != 0 && address % alignment == 0, std::string(name) + " must be aligned and not null.");
-  return reinterpret_cast<T*>(address);
-}
-
 void check_shape(int64_t rows, int64_t columns, int threads) {
   constexpr int64_t most = int64_t{1} << 31;
   check(rows >= 1 && rows <= most && columns >= 1 && columns <= most,
         "rows and columns must be from 1 to 2^31, got " + std::to_string(rows) + " and " + std::to_string(columns) + ".");
-  check(threads >= 1 && threads <= 256, "threads must be from 1 to 256, got " + std::to_string(threads) + ".");
+  check_threads(threads);
 }
 
 void round_them(uint64_t values, int dtype, int64_t rows, int64_t columns, uint64_t whole, uint64_t scales,
                 int threads) {
   check_shape(rows, columns, threads);
-  const Dtype kind = dtype_of(dtype);
+  const Dtype kind = row_dtype(dtype);
   const char* from = pointer<const char>(values, static_cast<uint64_t>(item_size(kind)), "values");
   auto* to = pointer<int8_t>(whole, 1, "whole");
   auto* own = pointer<float>(scales, 4, "scales");
@@ -46,7 +32,7 @@ void round_them(uint64_t values, int dtype, int64_t rows, int64_t columns, uint6
 void scale_them(uint64_t product, uint64_t scales, uint64_t bias, int64_t rows, int64_t columns, uint64_t output,
                 int dtype, int threads) {
   check_shape(rows, columns, threads);
-  const Dtype kind = dtype_of(dtype);
+  const Dtype kind = row_dtype(dtype);
   const auto* from = pointer<const float>(product, 4, "product");
   const auto* own = pointer<const float>(scales, 4, "scales");
   const float* shift = bias == 0 ? nullptr : pointer<const float>(bias, 4, "bias");
