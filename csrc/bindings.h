@@ -20,6 +20,7 @@ void bind_range_lse(pybind11::module_& module);
 void bind_row_rounding(pybind11::module_& module);
 void bind_frame_attention(pybind11::module_& module);
 void bind_int8_product(pybind11::module_& module);
+void bind_tile_product(pybind11::module_& module);
 void bind_lexicon_search(pybind11::module_& module);
 
 }  // namespace shallowfusion

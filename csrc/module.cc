@@ -17,5 +17,6 @@ PYBIND11_MODULE(_native, module) {
   shallowfusion::bind_row_rounding(module);
   shallowfusion::bind_frame_attention(module);
   shallowfusion::bind_int8_product(module);
+  shallowfusion::bind_tile_product(module);
   shallowfusion::bind_lexicon_search(module);
 }

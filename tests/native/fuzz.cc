@@ -28,6 +28,7 @@ constexpr Part kParts[] = {
     {"rounded rows", 2000, fuzz::fuzz_rounding},
     {"attention over frames", 1000, fuzz::fuzz_attention},
     {"int8 products", 2000, fuzz::fuzz_int8},
+    {"tile products", 2000, fuzz::fuzz_tiles},
 };
 
 }  // namespace

@@ -65,5 +65,6 @@ bool fuzz_ranges();
 bool fuzz_rounding();
 bool fuzz_attention();
 bool fuzz_int8();
+bool fuzz_tiles();
 
 }  // namespace fuzz

@@ -1,7 +1,8 @@
-// Random calls of attention over frames and of int8 products: memory, threads and levels.
+// Random calls of attention over frames and of int8 and tile products: memory, threads and levels.
 #include "frame_attention.h"
 #include "fuzz.h"
 #include "int8_product.h"
+#include "tile_product.h"
 
 using namespace shallowfusion;
 
@@ -99,6 +100,32 @@ bool fuzz_int8() {
   call.output_dtype = Dtype::bfloat16;
   int8_product(call, 1);
   return true;
+}
+
+bool fuzz_tiles() {
+  const int64_t rows = one_in(8) ? draw(190, 260) : draw(1, 60), inputs = draw(1, 100), outputs = draw(1, 90);
+  const std::vector<float> weights = random_floats(outputs * inputs);
+  std::vector<float> packed(static_cast<size_t>(packed_tiles_size(outputs, inputs)));
+  pack_tiles(weights.data(), outputs, inputs, packed.data());
+  if (!has_tile_product()) return true;
+  const std::vector<float> values = random_floats(rows * inputs), bias = random_floats(outputs);
+  std::vector<float> alone(static_cast<size_t>(rows * outputs)), shared(alone.size());
+  TileProduct call{values.data(), packed.data(), one_in(2) ? bias.data() : nullptr, alone.data(), rows, inputs, outputs};
+  tile_product(call, 1);
+  call.output = shared.data();
+  tile_product(call, draw(2, 4));
+  if (!are_finite(values) || !are_finite(weights) || !are_finite(bias)) return true;
+  if (alone != shared) return wrong("threads change a tile product");
+  const int64_t row = draw(0, static_cast<int>(rows) - 1), output = draw(0, static_cast<int>(outputs) - 1);
+  double sum = call.bias == nullptr ? 0.0 : bias[static_cast<size_t>(output)], size = std::abs(sum);
+  for (int64_t input = 0; input < inputs; ++input) {
+    const double term = static_cast<double>(values[static_cast<size_t>(row * inputs + input)]) *
+                        weights[static_cast<size_t>(output * inputs + input)];
+    sum += term;
+    size += std::abs(term);
+  }
+  const double found = alone[static_cast<size_t>(row * outputs + output)];
+  return std::abs(found - sum) <= 1e-6 * size + 1e-30 || wrong("a tile product is not the product");
 }
 
 }  // namespace fuzz

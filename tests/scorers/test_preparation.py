@@ -10,9 +10,11 @@ from transformers.activations import NewGELUActivation
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.demo.shipped import HERE, lm_weights, model_directory, read_manifest
 from shallowfusion.errors import InvalidArgumentError
+from shallowfusion.scorers import preparation
 from shallowfusion.scorers.attention import ATTENTION
 from shallowfusion.scorers.loading import choose_dtype, load_causal_lm, load_whisper
 from shallowfusion.scorers.preparation import Float32Head, Int8Linear, PackedLinear, check_int8
+from shallowfusion.scorers.tile_products import has_tile_rows
 
 CPU = torch.device("cpu")
 
@@ -125,35 +127,43 @@ def test_a_decoder_of_int8_weights_hears_what_the_float32_one_hears() -> None:
     assert nn.Linear not in layers
 
 
+FORMS = [False, pytest.param(True, marks=pytest.mark.skipif(not has_tile_rows(), reason="needs AMX"))]
+
+
+@pytest.mark.parametrize("tiles", FORMS)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 5, 40])
-def test_a_packed_layer_is_the_same_product(rows: int, with_bias: bool) -> None:
+def test_a_packed_layer_is_the_same_product(rows: int, with_bias: bool, tiles: bool) -> None:
     torch.manual_seed(rows)
     layer = nn.Linear(48, 33, bias=with_bias)
     given = torch.randn(2, rows, 48)
-    packed = PackedLinear(layer.weight, layer.bias)
+    packed = PackedLinear(layer.weight, layer.bias, tiles)
     torch.testing.assert_close(packed(given), layer(given).detach(), atol=1e-5, rtol=1e-5)
     transposed = torch.randn(48, 33)
-    found = PackedLinear(transposed.t(), None)(given)
+    found = PackedLinear(transposed.t(), None, tiles)(given)
     torch.testing.assert_close(found, given @ transposed, atol=1e-5, rtol=1e-5)
     assert packed.num_bytes == 4 * 48 * 33
 
 
-def test_gradients_go_through_a_packed_layer_to_its_inputs() -> None:
+@pytest.mark.parametrize("tiles", FORMS)
+def test_gradients_go_through_a_packed_layer_to_its_inputs(tiles: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(16, 8)
     given = torch.randn(3, 16, requires_grad=True)
     (wanted,) = torch.autograd.grad(layer(given).square().sum(), given)
-    (found,) = torch.autograd.grad(PackedLinear(layer.weight, layer.bias)(given).square().sum(), given)
+    (found,) = torch.autograd.grad(PackedLinear(layer.weight, layer.bias, tiles)(given).square().sum(), given)
     torch.testing.assert_close(found, wanted)
 
 
-def test_float32_decoders_are_packed_and_encoders_stay() -> None:
+@pytest.mark.parametrize("tiles", FORMS)
+def test_float32_models_are_packed(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "has_tile_rows", lambda: tiles)
     acoustic = load_whisper(str(model_directory("asr")), CPU, torch.float32).scorer.model
     decoder, encoder = acoustic.get_decoder(), acoustic.get_encoder()
-    assert PackedLinear not in {type(layer) for layer in encoder.modules()}
+    read = PackedLinear if tiles else nn.Linear  # oneDNN's product of many rows is no faster packed
+    assert {type(layer) for layer in encoder.modules()} & {PackedLinear, nn.Linear} == {read}
     kinds = {name.split(".")[-1]: type(layer) for name, layer in decoder.layers[0].encoder_attn.named_children()}
-    assert kinds == {"k_proj": nn.Linear, "v_proj": nn.Linear, "q_proj": PackedLinear, "out_proj": PackedLinear}
+    assert kinds == {"k_proj": read, "v_proj": read, "q_proj": PackedLinear, "out_proj": PackedLinear}
     assert isinstance(acoustic.proj_out, PackedLinear)
     assert acoustic.config._attn_implementation == ATTENTION
     lm = load_causal_lm(str(model_directory("lm_medical")), CPU, torch.float32).model
