@@ -47,6 +47,7 @@ NATIVE_FACES = {
     "phrases/automaton.py",
     "scorers/token_ranges.py",
     "scorers/row_rounding.py",
+    "scorers/tile_products.py",
     "scorers/frame_attention.py",
     "ctc/lexicon.py",
 }
