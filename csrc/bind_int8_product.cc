@@ -5,6 +5,7 @@
 #include "bind_addresses.h"
 #include "bindings.h"
 #include "int8_product.h"
+#include "tile_shapes.h"
 
 namespace shallowfusion {
 namespace {
@@ -56,6 +57,7 @@ void product(uint64_t values, int dtype, uint64_t packed, uint64_t scales, uint6
 
 void bind_int8_product(py::module_& module) {
   module.def("has_int8_product", &has_int8_product);
+  module.def("has_int8_tiles", &has_int8_tiles);
   module.def("packed_int8_size", &packed_int8_size, py::kw_only(), py::arg("outputs"), py::arg("inputs"));
   module.def("pack_int8", &pack, py::kw_only(), py::arg("weights"), py::arg("outputs"), py::arg("inputs"),
              py::arg("packed"));

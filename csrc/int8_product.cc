@@ -4,9 +4,11 @@
 #include <cstring>
 #include <vector>
 
+#include "int8_product_amx.h"
 #include "int8_product_vnni.h"
 #include "row_rounding.h"
 #include "thread_pool.h"
+#include "tile_shapes.h"
 
 namespace shallowfusion {
 namespace {
@@ -44,7 +46,8 @@ void pack_int8(const int8_t* weights, int64_t outputs, int64_t inputs, uint8_t* 
 void int8_product(const Int8Product& arguments, int threads) {
   const int64_t rows = arguments.rows;
   const int64_t inputs = arguments.inputs;
-  std::vector<int8_t> whole(static_cast<size_t>(rows * inputs));
+  const bool on_tiles = has_int8_tiles() && rows > kFewRows && inputs % kTileInputsInt8 == 0;
+  std::vector<int8_t> whole(static_cast<size_t>((on_tiles ? round_up(rows, kTileRows) : rows) * inputs));
   std::vector<float> scales(static_cast<size_t>(rows));
   std::vector<int32_t> shifts(static_cast<size_t>(rows));
   round_rows(arguments.values, arguments.dtype, rows, inputs, whole.data(), scales.data(), threads);
@@ -57,7 +60,11 @@ void int8_product(const Int8Product& arguments, int threads) {
   const int64_t wanted = std::max<int64_t>(1, kWorthATask / (inputs * kOutputsAtOnce));
   const int64_t per = round_up(std::min(wanted, (blocks + threads - 1) / threads), kBlocksAtOnce);
   parallel_for((blocks + per - 1) / per, threads, [&](int64_t task) {
-    VnniCall call{whole.data(), scales.data(), shifts.data(), arguments};
+    const VnniCall call{whole.data(), scales.data(), shifts.data(), arguments};
+    if (on_tiles) {
+      amx_blocks(call, task * per, std::min(per, blocks - task * per));
+      return;
+    }
     for (int64_t block = task * per; block < std::min(blocks, (task + 1) * per); block += kBlocksAtOnce) {
       vnni_blocks(call, block, std::min(kBlocksAtOnce, std::min(blocks, (task + 1) * per) - block));
     }

@@ -8,35 +8,11 @@
 #include "thread_pool.h"
 #include "tile_product_amx.h"
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace shallowfusion {
 namespace {
 
 constexpr int64_t kWorthATask = 1 << 18;   // weights
 constexpr int64_t kMostPartRows = 4 * kGroupRows;  // whose parts stay in a core's cache while the weights pass by
-
-#if defined(__x86_64__) && defined(__linux__)
-constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
-
-bool ask_for_tiles() {
-  unsigned eax = 0;
-  unsigned ebx = 0;
-  unsigned ecx = 0;
-  unsigned edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  const bool has_units = (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0;  // AMX-BF16, AMX-TILE
-  __builtin_cpu_init();
-  return has_units && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#endif
 
 struct FreeParts {
   void operator()(uint16_t* parts) const { ::operator delete[](parts, std::align_val_t{64}); }
@@ -44,14 +20,7 @@ struct FreeParts {
 
 }  // namespace
 
-bool has_tile_product() {
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
-  static const bool known = ask_for_tiles();
-  return known;
-#else
-  return false;
-#endif
-}
+bool has_tile_product() { return has_brain_float_tiles(); }
 
 int64_t packed_tiles_size(int64_t outputs, int64_t inputs) {
   return round_up(outputs, kPairOutputs) * round_up(inputs, kTileInputs);

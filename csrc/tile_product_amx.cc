@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "tile_shapes.h"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"))), \
                              apply_to = function)
@@ -28,14 +30,6 @@ constexpr int64_t kAheadBytes = 2048;
 constexpr int kTileBytes = 64;                 // of one of its 16 rows
 constexpr int64_t kPairTile = kParts * kTile;  // bfloat16 of one tile of weights, cut
 constexpr int kPairRows = 2 * 16;              // rows of 32 weights in two tiles
-
-struct TileShapes {
-  uint8_t palette = 1;
-  uint8_t start = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Upper halves of 32 floats, in order.
 __m512i upper_halves(__m512i low, __m512i high) {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "tile_product.h"
+#include "tile_shapes.h"
 
 namespace shallowfusion {
 
-constexpr int64_t kTileRows = 16;
 constexpr int64_t kTile = kTileRows * kTileInputs;  // numbers of one tile
 constexpr int64_t kParts = 3;                       // bfloat16 that a float32 is cut into
 constexpr int64_t kGroupRows = 3 * kTileRows;       // rows whose sums, for two tiles of outputs, fit the tiles there are

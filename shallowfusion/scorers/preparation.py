@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.scorers.row_rounding import (
+    few_int8_rows,
     has_int8_rows,
     int8_rows,
     packed_int8,
@@ -29,7 +30,6 @@ __all__ = [
     "Float32Head", "Int8Linear", "PackedLinear", "check_int8", "loading_dtype", "prepare", "prepare_encoder",
 ]  # fmt: skip
 
-_FEW_ROWS = 24  # up to so many the C++ product is ahead of oneDNN's (docs/speed.md)
 _ALIGNMENT = 64  # rows; logits then begin at multiples of 256 bytes
 
 
@@ -62,13 +62,14 @@ class Int8Linear(nn.Module):
         self._rows = packed_int8(whole) if few_rows and has_int8_rows(weight.shape[1]) else None
         self._packed: Tensor | None = None if self._rows is not None else torch.ops.onednn.qlinear_prepack(whole, None)
         self._bias = None if bias is None else bias.detach().float().clone()
+        self._few = few_int8_rows(weight.shape[1])
         self._output_dtype = output_dtype
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)
         dtype = self._output_dtype or inputs.dtype
-        if self._rows is not None and len(rows) <= _FEW_ROWS:
+        if self._rows is not None and len(rows) <= self._few:
             result = int8_rows(rows, self._rows, self._scales, self._bias, dtype)
         else:
             if self._packed is None:

@@ -9,8 +9,8 @@ from shallowfusion import _native
 from shallowfusion.config import require
 
 __all__ = [
-    "has_int8_rows", "int8_rows", "int8_rows_reference", "packed_int8", "round_rows", "round_rows_reference",
-    "scale_rows", "scale_rows_reference", "unpacked_int8",
+    "few_int8_rows", "has_int8_rows", "int8_rows", "int8_rows_reference", "packed_int8", "round_rows",
+    "round_rows_reference", "scale_rows", "scale_rows_reference", "unpacked_int8",
 ]  # fmt: skip
 
 LARGEST = 127  # int8 without -128, so that zero is in the middle
@@ -83,6 +83,11 @@ def has_int8_rows(inputs: int) -> bool:
     return inputs % 4 == 0 and 0 < inputs <= MOST_INPUTS and _native.has_int8_product()
 
 
+def few_int8_rows(inputs: int) -> int:
+    """Up to how many rows `int8_rows` is ahead of oneDNN's product (docs/speed.md)."""
+    return 192 if inputs % 64 == 0 and _native.has_int8_tiles() else 24
+
+
 def packed_int8(weights: Tensor) -> Tensor:
     """Dense int8 weights [outputs, inputs] as `int8_rows` reads them; uint8, outputs rounded up to 16."""
     outputs, inputs = weights.shape
@@ -102,7 +107,8 @@ def int8_rows(
 ) -> Tensor:
     """Rows rounded to int8 times int8 weights, scaled back: `round_rows`, the exact product, `scale_rows` in one call.
 
-    Price: the packed weights once, and one multiply-add for 64 products; for many rows oneDNN's matrix units are ahead.
+    Price: the packed weights once, up to 96 rows; more than 6 rows go to matrix units (AMX) where there are any and
+    inputs is a multiple of 64, else to vector units (VNNI). The result does not depend on which.
 
     Args:
         values: float32 or bfloat16 [rows, inputs] on the CPU.

@@ -77,7 +77,8 @@ bool fuzz_attention() {
 }
 
 bool fuzz_int8() {
-  const int64_t rows = draw(1, 14), inputs = kInputsAtOnce * draw(1, 20), outputs = draw(1, 90);
+  const int64_t rows = one_in(4) ? draw(15, 120) : draw(1, 14), outputs = draw(1, 90);
+  const int64_t inputs = one_in(2) ? 64 * draw(1, 3) : kInputsAtOnce * draw(1, 20);  // matrix units take the former
   std::vector<int8_t> weights(static_cast<size_t>(outputs * inputs));
   for (int8_t& weight : weights) weight = static_cast<int8_t>(draw(-128, 127));
   std::vector<uint8_t> packed(static_cast<size_t>(packed_int8_size(outputs, inputs)));

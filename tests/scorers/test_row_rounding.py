@@ -154,6 +154,22 @@ def test_products_of_rounded_rows_are_exact(
 
 
 @needs_vnni
+@pytest.mark.parametrize("made", DTYPES)
+@pytest.mark.parametrize("rows", [1, 6, 7, 16, 17, 48, 49, 64, 80, 96, 97, 193, 200])
+def test_matrix_units_sum_the_same(rows: int, made: torch.dtype) -> None:
+    for inputs, outputs in ((64, 16), (128, 33), (192, 100), (768, 7)):
+        values, weights, scales, bias = int8_case(rows, rows, inputs, outputs, torch.float32)
+        wanted = int8_rows_reference(values, weights, scales, bias, made)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            try:
+                found = int8_rows(values, packed_int8(weights), scales, bias, made)
+            finally:
+                torch.set_num_threads(1)
+            assert torch.equal(found, wanted), (inputs, outputs, threads)
+
+
+@needs_vnni
 def test_not_a_number_spoils_only_its_row() -> None:
     values, weights, scales, bias = int8_case(1, 3, 32, 20, torch.float32)
     values[1, 5] = float("nan")
