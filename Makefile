@@ -53,7 +53,7 @@ NATIVE_TESTS := tests/search/test_beam_state.py tests/search/test_beam_state_bor
 	tests/fusion/test_native_binding.py tests/fusion/test_native_step.py tests/ctc/test_search_border.py \
 	tests/ctc/test_search_fuzz.py tests/ctc/test_prefix_scores.py tests/ctc/test_lexicon.py tests/ngrams/test_table.py \
 	tests/ngrams/test_arpa.py tests/phrases/test_automaton.py tests/scorers/test_token_ranges.py \
-	tests/scorers/test_row_rounding.py tests/scorers/test_frame_attention.py tests/test_native_threads.py
+	tests/scorers/test_row_rounding.py tests/scorers/test_tile_products.py tests/scorers/test_frame_attention.py tests/test_native_threads.py
 
 COMPILE = $(CXX) -std=c++17 -g1 -fPIC -fno-omit-frame-pointer -fvisibility=hidden -ffp-contract=off -pthread \
 	-D_GLIBCXX_ASSERTIONS -Icsrc -Itests/native

@@ -4,6 +4,7 @@
 
 #include "bind_addresses.h"
 #include "bindings.h"
+#include "huge_pages.h"
 #include "tile_product.h"
 
 namespace shallowfusion {
@@ -49,9 +50,15 @@ void product(uint64_t values, uint64_t packed, uint64_t bias, uint64_t output, i
   tile_product(call, threads);
 }
 
+void huge_pages(uint64_t memory, int64_t bytes) {
+  check(bytes >= 0, "bytes must not be negative, got " + std::to_string(bytes) + ".");
+  prefer_huge_pages(pointer<char>(memory, 1, "memory"), bytes);
+}
+
 }  // namespace
 
 void bind_tile_product(py::module_& module) {
+  module.def("prefer_huge_pages", &huge_pages, py::kw_only(), py::arg("memory"), py::arg("bytes"));
   module.def("has_tile_product", &has_tile_product);
   module.def("packed_tiles_size", &packed_size, py::kw_only(), py::arg("outputs"), py::arg("inputs"));
   module.def("pack_tiles", &pack, py::kw_only(), py::arg("weights"), py::arg("outputs"), py::arg("inputs"),

@@ -48,6 +48,7 @@ NATIVE_FACES = {
     "scorers/token_ranges.py",
     "scorers/row_rounding.py",
     "scorers/tile_products.py",
+    "scorers/weight_memory.py",
     "scorers/frame_attention.py",
     "ctc/lexicon.py",
 }

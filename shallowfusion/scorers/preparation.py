@@ -25,6 +25,7 @@ from shallowfusion.scorers.row_rounding import (
     unpacked_int8,
 )
 from shallowfusion.scorers.tile_products import has_tile_rows, packed_tiles, tile_rows, unpacked_tiles
+from shallowfusion.scorers.weight_memory import WeightMemory
 
 __all__ = [
     "Float32Head", "Int8Linear", "PackedLinear", "check_int8", "loading_dtype", "prepare", "prepare_encoder",
@@ -48,10 +49,16 @@ class Int8Linear(nn.Module):
         bias: [outputs] or None.
         output_dtype: of the result; None = as the input.
         few_rows: whether passes of few rows are to be expected.
+        memory: for the weights; None = memory of their own.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, output_dtype: torch.dtype | None = None, few_rows: bool = True
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_dtype: torch.dtype | None = None,
+        few_rows: bool = True,
+        memory: WeightMemory | None = None,
     ) -> None:
         super().__init__()
         weight = weight.detach().float()
@@ -59,7 +66,7 @@ class Int8Linear(nn.Module):
         whole, scales = round_rows(weight)  # dense: the packing reads a transposed view as if it were not one
         self._scales = scales[:, 0]
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._rows = packed_int8(whole) if few_rows and has_int8_rows(weight.shape[1]) else None
+        self._rows = packed_int8(whole, memory) if few_rows and has_int8_rows(weight.shape[1]) else None
         self._packed: Tensor | None = None if self._rows is not None else torch.ops.onednn.qlinear_prepack(whole, None)
         self._bias = None if bias is None else bias.detach().float().clone()
         self._few = few_int8_rows(weight.shape[1])
@@ -105,14 +112,17 @@ class PackedLinear(nn.Module):
         weight: float32 [outputs, inputs], on the CPU.
         bias: [outputs] or None.
         tiles: whether matrix units multiply; None = where there are any.
+        memory: for the weights in tiles; None = memory of their own.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tiles: bool | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, tiles: bool | None = None, memory: WeightMemory | None = None
+    ) -> None:
         super().__init__()
         weight = weight.detach().contiguous()
         self._has_tiles = has_tile_rows() if tiles is None else tiles
         self._packed = (
-            packed_tiles(weight) if self._has_tiles else torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            packed_tiles(weight, memory) if self._has_tiles else torch.ops.mkldnn._reorder_linear_weight(weight, None)
         )
         self._bias = None if bias is None else bias.detach().clone()
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
@@ -208,7 +218,7 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
             where only oneDNN is there for it, not those that read whole recordings.
     """
     head = model.get_output_embeddings()
-    is_cpu = model.device.type == "cpu"
+    is_cpu, memory = model.device.type == "cpu", WeightMemory()
     if is_cpu:
         _simplify(model)
         if model.config.is_encoder_decoder:
@@ -218,7 +228,7 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
         _replace_products(
             model,
             lambda weight, bias, layer: Int8Linear(
-                weight, bias, torch.float32 if layer is head else None, few_rows=layer not in read
+                weight, bias, torch.float32 if layer is head else None, layer not in read, memory
             ),
         )
         model.to(_activation_dtype())
@@ -227,7 +237,7 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
             model.set_output_embeddings(Float32Head(head.weight, head.bias))
     elif is_cpu and (has_tile_rows() or hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         kept = set() if has_tile_rows() else _of_recordings(model)
-        _replace_products(model, lambda weight, bias, layer: PackedLinear(weight, bias), kept)
+        _replace_products(model, lambda weight, bias, layer: PackedLinear(weight, bias, memory=memory), kept)
 
 
 def prepare_encoder(model: nn.Module, head: nn.Module | None, probe: Callable[[], object]) -> None:

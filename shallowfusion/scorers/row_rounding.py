@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shallowfusion import _native
 from shallowfusion.config import require
+from shallowfusion.scorers.weight_memory import WeightMemory
 
 __all__ = [
     "few_int8_rows", "has_int8_rows", "int8_rows", "int8_rows_reference", "packed_int8", "round_rows",
@@ -88,10 +89,16 @@ def few_int8_rows(inputs: int) -> int:
     return 192 if inputs % 64 == 0 and _native.has_int8_tiles() else 24
 
 
-def packed_int8(weights: Tensor) -> Tensor:
-    """Dense int8 weights [outputs, inputs] as `int8_rows` reads them; uint8, outputs rounded up to 16."""
+def packed_int8(weights: Tensor, memory: WeightMemory | None = None) -> Tensor:
+    """Dense int8 weights [outputs, inputs] as `int8_rows` reads them; uint8, outputs rounded up to 16.
+
+    Args:
+        memory: where they go; None = memory of their own.
+    """
     outputs, inputs = weights.shape
-    packed = torch.empty(_native.packed_int8_size(outputs=outputs, inputs=inputs), dtype=torch.uint8)
+    packed = (memory or WeightMemory(piece=0)).empty(
+        _native.packed_int8_size(outputs=outputs, inputs=inputs), torch.uint8
+    )
     _native.pack_int8(weights=weights.data_ptr(), outputs=outputs, inputs=inputs, packed=packed.data_ptr())
     return packed
 

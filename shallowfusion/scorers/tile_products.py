@@ -7,11 +7,13 @@ from torch import Tensor
 
 from shallowfusion import _native
 from shallowfusion.config import require
+from shallowfusion.scorers.weight_memory import WeightMemory, in_huge_pages
 
 __all__ = ["cut", "has_tile_rows", "packed_tiles", "tile_rows", "tile_rows_reference", "unpacked_tiles"]
 
 OUTPUTS, INPUTS = 32, 32  # what packed weights are rounded up to
 UPPER_HALF = -(1 << 16)
+MANY_BYTES = 4 << 20
 
 
 def has_tile_rows() -> bool:
@@ -19,15 +21,21 @@ def has_tile_rows() -> bool:
     return _native.has_tile_product()
 
 
-def packed_tiles(weights: Tensor) -> Tensor:
-    """float32 weights [outputs, inputs] as `tile_rows` reads them; the same bytes, both sizes rounded up to 32."""
+def packed_tiles(weights: Tensor, memory: WeightMemory | None = None) -> Tensor:
+    """float32 weights [outputs, inputs] as `tile_rows` reads them; the same bytes, both sizes rounded up to 32.
+
+    Args:
+        memory: where they go; None = memory of their own.
+    """
     require(
         weights.is_cpu and weights.dim() == 2 and weights.dtype == torch.float32 and weights.numel() > 0,
         f"weights must be a float32 matrix on the CPU, got {weights.dtype} {list(weights.shape)}.",
     )
     outputs, inputs = weights.shape
     weights = weights.contiguous()
-    packed = torch.empty(_native.packed_tiles_size(outputs=outputs, inputs=inputs))
+    packed = (memory or WeightMemory(piece=0)).empty(
+        _native.packed_tiles_size(outputs=outputs, inputs=inputs), torch.float32
+    )
     _native.pack_tiles(weights=weights.data_ptr(), outputs=outputs, inputs=inputs, packed=packed.data_ptr())
     return packed
 
@@ -65,6 +73,8 @@ def tile_rows(values: Tensor, packed: Tensor, outputs: int, bias: Tensor | None)
     values = values.contiguous()
     rows, inputs = values.shape
     output = torch.empty((rows, outputs))
+    if output.nbytes >= MANY_BYTES:  # keys and values of recordings, which every step reads
+        in_huge_pages(output)
     if rows:
         _native.tile_product(
             values=values.data_ptr(),
