@@ -1,4 +1,4 @@
-"""Products of few rows with a decoder's weights on the CPU: torch's own, oneDNN's over packed weights, and int8.
+"""Products with a decoder's weights on the CPU: torch's own, oneDNN's over packed weights, ours in tiles, and int8.
 
 Also queries, keys and values as one product or as three.
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from bench.timing import Measurement, measurements, take_turns
 from shallowfusion.scorers.preparation import Int8Linear, PackedLinear
+from shallowfusion.scorers.tile_products import has_tile_rows
 
 __all__ = ["run"]
 
-ROWS = (1, 5, 10, 40, 80)
+ROWS = (1, 5, 10, 40, 80, 1500)
 SIZES = ((768, 768), (768, 3072), (3072, 768), (768, 51_864))  # inputs, outputs: whisper-small and gpt2
+MANY_OUTPUTS = 10_000  # of which nobody wants a thousand rows
 ENOUGH = 160 * 2**20  # bytes of float32 weights per call
 Layers = list[nn.Module]
 
@@ -32,10 +34,11 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
             layers = [nn.Linear(inputs, outputs) for _ in range(max(1, ENOUGH // (4 * inputs * outputs)))]
             kinds: dict[str, Layers] = {
                 "torch": list(layers),
-                "packed": [PackedLinear(own.weight, own.bias) for own in layers],
+                "packed": [PackedLinear(own.weight, own.bias, tiles=False) for own in layers],
+                **({"tiles": [PackedLinear(own.weight, own.bias) for own in layers]} if has_tile_rows() else {}),
                 "int8": [Int8Linear(own.weight, own.bias) for own in layers],
             }
-            for rows in ROWS[:2] if quick else ROWS:
+            for rows in ROWS[:2] if quick else ROWS if outputs < MANY_OUTPUTS else ROWS[:-1]:
                 yield compare(kinds, rows, inputs, outputs, repeats)
         yield joined(768, 5, repeats)
         yield joined(768, 40, repeats)
@@ -43,7 +46,8 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
 
 def compare(kinds: dict[str, Layers], rows: int, inputs: int, outputs: int, repeats: int) -> list[Measurement]:
     given = torch.randn(rows, inputs)
-    torch.testing.assert_close(kinds["packed"][0](given), kinds["torch"][0](given), atol=1e-3, rtol=1e-4)
+    for kind in {"packed", "tiles"} & set(kinds):
+        torch.testing.assert_close(kinds[kind][0](given), kinds["torch"][0](given), atol=1e-3, rtol=1e-4)
     calls = {name: over(layers, given) for name, layers in kinds.items()}
     return timed(calls, f"rows={rows} {inputs}x{outputs}", len(kinds["torch"]), 4 * inputs * outputs, repeats)
 

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kBlocksAtOnce = 4;        // groups of outputs of one walk over the inputs
 constexpr int64_t kWorthATask = 1 << 18;    // weights
+constexpr int64_t kCachedInputs = 1 << 20;
 
 }  // namespace
 
@@ -59,16 +60,21 @@ void int8_product(const Int8Product& arguments, int threads) {
   const int64_t blocks = (arguments.outputs + kOutputsAtOnce - 1) / kOutputsAtOnce;
   const int64_t wanted = std::max<int64_t>(1, kWorthATask / (inputs * kOutputsAtOnce));
   const int64_t per = round_up(std::min(wanted, (blocks + threads - 1) / threads), kBlocksAtOnce);
-  parallel_for((blocks + per - 1) / per, threads, [&](int64_t task) {
-    const VnniCall call{whole.data(), scales.data(), shifts.data(), arguments};
-    if (on_tiles) {
-      amx_blocks(call, task * per, std::min(per, blocks - task * per));
-      return;
-    }
-    for (int64_t block = task * per; block < std::min(blocks, (task + 1) * per); block += kBlocksAtOnce) {
-      vnni_blocks(call, block, std::min(kBlocksAtOnce, std::min(blocks, (task + 1) * per) - block));
-    }
-  });
+  const int64_t most = on_tiles ? std::max(kTileGroup, kCachedInputs / inputs / kTileGroup * kTileGroup) : rows;
+  for (int64_t first = 0; first < rows; first += most) {  // rows that stay in a core's cache while the weights pass by
+    const VnniCall call = VnniCall{whole.data(), scales.data(), shifts.data(), arguments}.from(
+        first, std::min(most, rows - first));
+    parallel_for((blocks + per - 1) / per, threads, [&](int64_t task) {
+      const int64_t end = std::min(blocks, (task + 1) * per);
+      if (on_tiles) {
+        amx_blocks(call, task * per, end - task * per);
+        return;
+      }
+      for (int64_t block = task * per; block < end; block += kBlocksAtOnce) {
+        vnni_blocks(call, block, std::min(kBlocksAtOnce, end - block));
+      }
+    });
+  }
 }
 
 }  // namespace shallowfusion

@@ -19,14 +19,12 @@
 #endif
 
 #include "int8_product_write.h"
-#include "tile_shapes.h"
 
 namespace shallowfusion {
 namespace {
 
 constexpr int64_t kAheadBytes = 2048;
 constexpr int64_t kTileBytes = kTileRows * 64;
-constexpr int64_t kBlocksAtOnce = 2;
 
 // Tiles are named by literals, which only macros can pass on.
 #define BEGIN(sum, is_used) \
@@ -54,10 +52,9 @@ void ask_for(const uint8_t* weights) {
   }
 }
 
-// Up to 16 * tiles rows and one or, up to three tiles, two groups of 16 outputs, for which rows are then read once.
+// Up to 16 * tiles rows and one or two groups of 16 outputs.
 template <int tiles, bool is_pair>
 void walk(const VnniCall& call, int64_t row, int64_t block) {
-  static_assert(tiles <= 3 || !is_pair);
   const int64_t inputs = call.product.inputs;
   const int64_t block_bytes = kOutputsAtOnce * inputs;
   const uint8_t* weights = call.product.packed + block * block_bytes;
@@ -65,18 +62,15 @@ void walk(const VnniCall& call, int64_t row, int64_t block) {
   BEGIN(0, true);
   BEGIN(1, tiles > 1);
   BEGIN(2, tiles > 2);
-  BEGIN(3, tiles > 3 || is_pair);
-  BEGIN(4, tiles > 4 || (is_pair && tiles > 1));
-  BEGIN(5, tiles > 5 || (is_pair && tiles > 2));
+  BEGIN(3, is_pair);
+  BEGIN(4, is_pair && tiles > 1);
+  BEGIN(5, is_pair && tiles > 2);
   for (int64_t input = 0; input < inputs; input += kTileInputsInt8, weights += kTileBytes) {
     ask_for(weights);
     _tile_loadd(7, weights, 64);
     MORE(0, 0, true)
     MORE(1, 1, tiles > 1)
     MORE(2, 2, tiles > 2)
-    MORE(3, 3, tiles > 3)
-    MORE(4, 4, tiles > 4)
-    MORE(5, 5, tiles > 5)
     if constexpr (is_pair) {
       ask_for(weights + block_bytes);
       _tile_loadd(7, weights + block_bytes, 64);
@@ -89,9 +83,6 @@ void walk(const VnniCall& call, int64_t row, int64_t block) {
   END(0, 0, block, true)
   END(1, 1, block, tiles > 1)
   END(2, 2, block, tiles > 2)
-  END(3, 3, block, tiles > 3)
-  END(4, 4, block, tiles > 4)
-  END(5, 5, block, tiles > 5)
   END(3, 0, block + 1, is_pair)
   END(4, 1, block + 1, is_pair && tiles > 1)
   END(5, 2, block + 1, is_pair && tiles > 2)
@@ -99,10 +90,11 @@ void walk(const VnniCall& call, int64_t row, int64_t block) {
 
 template <int tiles>
 void walk_blocks(const VnniCall& call, int64_t row, int64_t block, int64_t count) {
-  if constexpr (tiles <= 3) {
-    for (; count >= 2; count -= 2, block += 2) walk<tiles, true>(call, row, block);
+  if (count == 2) {
+    walk<tiles, true>(call, row, block);
+  } else {
+    walk<tiles, false>(call, row, block);
   }
-  for (; count >= 1; --count, ++block) walk<tiles, false>(call, row, block);
 }
 
 }  // namespace
@@ -110,28 +102,16 @@ void walk_blocks(const VnniCall& call, int64_t row, int64_t block, int64_t count
 void amx_blocks(const VnniCall& call, int64_t block, int64_t count) {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
-  // Few blocks at a time, so that their weights stay in the cache for further rows.
-  for (const int64_t end = block + count; block < end; block += kBlocksAtOnce) {
-    const int64_t own = std::min(kBlocksAtOnce, end - block);
-    for (int64_t row = 0; row < call.product.rows; row += 6 * kTileRows) {
-      switch (std::min<int64_t>(6, (call.product.rows - row + kTileRows - 1) / kTileRows)) {
-        case 1:
-          walk_blocks<1>(call, row, block, own);
-          break;
-        case 2:
-          walk_blocks<2>(call, row, block, own);
-          break;
-        case 3:
-          walk_blocks<3>(call, row, block, own);
-          break;
-        case 4:
-          walk_blocks<4>(call, row, block, own);
-          break;
-        case 5:
-          walk_blocks<5>(call, row, block, own);
-          break;
-        default:
-          walk_blocks<6>(call, row, block, own);
+  for (const int64_t end = block + count; block < end; block += 2) {  // whose weights stay in the cache for all rows
+    const int64_t own = std::min<int64_t>(2, end - block);
+    for (int64_t row = 0; row < call.product.rows; row += kTileGroup) {
+      const int64_t left = call.product.rows - row;
+      if (left <= kTileRows) {
+        walk_blocks<1>(call, row, block, own);
+      } else if (left <= 2 * kTileRows) {
+        walk_blocks<2>(call, row, block, own);
+      } else {
+        walk_blocks<3>(call, row, block, own);
       }
     }
   }

@@ -9,7 +9,15 @@ struct VnniCall {
   const int8_t* whole;    // [rows, inputs]
   const float* scales;    // [rows]
   const int32_t* shifts;  // [rows], subtracted from every sum of the row
-  const Int8Product& product;
+  Int8Product product;
+
+  // The same for some of the rows.
+  VnniCall from(int64_t first, int64_t rows) const {
+    VnniCall some{whole + first * product.inputs, scales + first, shifts + first, product};
+    some.product.output += first * product.outputs * item_size(product.output_dtype);
+    some.product.rows = rows;
+    return some;
+  }
 };
 
 // All rows of `count` (1 to 4) groups of 16 outputs.

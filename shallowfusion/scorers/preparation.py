@@ -41,8 +41,9 @@ class Int8Linear(nn.Module):
     row has its own scale, so a row's result does not depend on its neighbours in the batch.
 
     Price: a quarter of float32's bytes per pass; relative error of an output about 1 % (measured on Gaussian numbers).
-    Few rows are multiplied in C++ where the CPU has the instructions, many by oneDNN; a layer that meets both keeps its
-    weights in both forms. The result does not depend on which.
+    Rows are multiplied in C++ where the CPU has the instructions: any number where it has matrix units, few where it
+    has vector units; others by oneDNN, for which a layer that meets both keeps its weights in both forms. The result
+    does not depend on which.
 
     Args:
         weight: [outputs, inputs], any float dtype.

@@ -16,6 +16,7 @@ __all__ = [
 
 LARGEST = 127  # int8 without -128, so that zero is in the middle
 SMALLEST_SCALE = 1e-30
+MANY_ROWS = 1 << 31
 MOST_INPUTS = 1 << 16  # so that a sum of products fits 32 bits
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2}
 
@@ -86,7 +87,7 @@ def has_int8_rows(inputs: int) -> bool:
 
 def few_int8_rows(inputs: int) -> int:
     """Up to how many rows `int8_rows` is ahead of oneDNN's product (docs/speed.md)."""
-    return 192 if inputs % 64 == 0 and _native.has_int8_tiles() else 24
+    return MANY_ROWS if inputs % 64 == 0 and _native.has_int8_tiles() else 24
 
 
 def packed_int8(weights: Tensor, memory: WeightMemory | None = None) -> Tensor:
@@ -114,8 +115,8 @@ def int8_rows(
 ) -> Tensor:
     """Rows rounded to int8 times int8 weights, scaled back: `round_rows`, the exact product, `scale_rows` in one call.
 
-    Price: the packed weights once, up to 96 rows; more than 6 rows go to matrix units (AMX) where there are any and
-    inputs is a multiple of 64, else to vector units (VNNI). The result does not depend on which.
+    Price: the packed weights once, up to 48 rows. More than 6 rows go to matrix units (AMX) where there are any and
+    inputs is a multiple of 64, else to vector units (VNNI); the result does not depend on which.
 
     Args:
         values: float32 or bfloat16 [rows, inputs] on the CPU.
