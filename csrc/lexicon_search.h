@@ -15,7 +15,7 @@ namespace shallowfusion {
 
 struct LexiconRules {
   int64_t num_labels = 0;
-  int64_t blank = 0;
+  int64_t blank = 0;  // -1 = none, which goes with transitions
   int64_t silence = 0;
   int64_t beam_size = 50;
   int64_t top_labels = 0;  // looked at in each frame
@@ -26,6 +26,8 @@ struct LexiconRules {
   double unknown_score = -std::numeric_limits<double>::infinity();
   double silence_score = 0.0;
   bool log_add = false;
+  // [num_labels, num_labels], added where the row's label stands in the frame after the column's (ASG); empty = CTC.
+  std::vector<float> transitions = {};
 };
 
 // The spellings of a lexicon as a trie; a node's `best` is the largest word score at or below it, where the scores of
@@ -103,9 +105,13 @@ class LexiconSearch {
     int32_t word;
   };
 
+  template <bool kHasTransitions>
   void frame(const float* emissions);
-  void extend_spelling(const Path& path, int32_t label, float emission);
-  void extend_free(const Path& path, int32_t label, float emission);
+  // What a label says of its frame after a path.
+  template <bool kHasTransitions>
+  double heard(const Path& path, int32_t label, const float* emissions) const;
+  void extend_spelling(const Path& path, int32_t label, double emission);
+  void extend_free(const Path& path, int32_t label, double emission);
   void add(double score, int32_t history, int32_t node, int32_t label, bool ends_in_blank, int32_t word,
            const Path& parent);
   void store();
