@@ -260,9 +260,7 @@ def scored_spellings(
     ]
 
 
-def checked_transitions(
-    transitions: npt.ArrayLike | None, num_labels: int, blank: int | None
-) -> Float32Array | None:
+def checked_transitions(transitions: npt.ArrayLike | None, num_labels: int, blank: int | None) -> Float32Array | None:
     """float32 [labels, labels], below inf.
 
     Raises:
