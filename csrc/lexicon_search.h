@@ -1,4 +1,5 @@
-// CTC beam search whose words come from a lexicon of spellings, or which has no words: flashlight's search, by facts.
+// Beam search of CTC or ASG models whose words come from a lexicon of spellings, or which has no words: flashlight's search,
+// by facts.
 //
 // A beam holds the best alignments; those that agree in words, place in the lexicon, last label and ending are one.
 #pragma once
