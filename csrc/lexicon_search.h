@@ -1,4 +1,4 @@
-// Beam search of CTC or ASG models whose words come from a lexicon of spellings, or which has no words: flashlight's search,
+// Beam search of CTC or ASG models whose words come from a lexicon of spellings, or which has no words: flashlight's,
 // by facts.
 //
 // A beam holds the best alignments; those that agree in words, place in the lexicon, last label and ending are one.
