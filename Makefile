@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cc csrc/*.h)
 	$(PYTHON) -m pip install --quiet torch==2.13.0 numpy "triton>=3.7" setuptools wheel pybind11
 	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[dev,eval]"
 	$(PYTHON) -m pip install --quiet --no-deps pyctcdecode pygtrie  # an oracle of the tests; it asks for numpy below 2
+	$(PYTHON) -m pip install --quiet --no-deps espnet  # another, of which only the search is imported
 	touch $(STAMP)
 
 demo: env  ## transcribe the shipped clips alone and fused, with word error rates

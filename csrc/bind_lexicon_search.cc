@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -17,6 +18,7 @@ namespace py = pybind11;
 namespace shallowfusion {
 namespace {
 
+using Floats = py::array_t<float, py::array::c_style>;
 using Spelling = std::tuple<int32_t, std::vector<int32_t>, double>;  // word, labels, score
 
 void check(bool condition, const std::string& message) {
@@ -58,14 +60,22 @@ class SharedLexiconSearch {
   std::mutex mutex_;
 };
 
+std::vector<float> checked_transitions(const Floats& transitions, int64_t num_labels) {
+  check(transitions.ndim() == 2 && transitions.shape(0) == num_labels && transitions.shape(1) == num_labels,
+        "transitions must be [labels, labels].");
+  return {transitions.data(), transitions.data() + transitions.size()};
+}
+
 std::unique_ptr<SharedLexiconSearch> make_search(int64_t num_labels, int64_t blank, int64_t silence, int64_t beam_size,
                                                  int64_t top_labels, double beam_margin, double lm_weight,
                                                  double lm_scale, double word_score, double unknown_score,
                                                  double silence_score, bool log_add, std::shared_ptr<SpellingTrie> trie,
                                                  int64_t unknown_word, std::shared_ptr<NgramTable> table,
-                                                 const std::vector<int64_t>& ids) {
+                                                 const std::vector<int64_t>& ids,
+                                                 const std::optional<Floats>& transitions) {
   check(num_labels >= 1 && num_labels <= INT32_MAX, "there must be at least one label.");
-  check(blank >= 0 && blank < num_labels && silence >= 0 && silence < num_labels, "blank and silence must be labels.");
+  check(silence >= 0 && silence < num_labels, "silence must be a label.");
+  check(transitions ? blank == -1 : blank >= 0 && blank < num_labels, "blank must be a label, or -1 with transitions.");
   check(beam_size >= 1 && top_labels >= 1, "beam_size and top_labels must be at least 1.");
   const auto num_words = static_cast<int64_t>(ids.size());
   check(unknown_word >= 0 && unknown_word < num_words, "the unknown word must be a word.");
@@ -89,11 +99,12 @@ std::unique_ptr<SharedLexiconSearch> make_search(int64_t num_labels, int64_t bla
   rules.unknown_score = unknown_score;
   rules.silence_score = silence_score;
   rules.log_add = log_add;
+  if (transitions) rules.transitions = checked_transitions(*transitions, num_labels);
   LexiconSearch search(rules, std::move(trie), static_cast<int32_t>(unknown_word), std::move(table), std::move(words));
   return std::make_unique<SharedLexiconSearch>(num_labels, std::move(search));
 }
 
-void step(SharedLexiconSearch& shared, const py::array_t<float, py::array::c_style>& emissions) {
+void step(SharedLexiconSearch& shared, const Floats& emissions) {
   check(emissions.ndim() == 2 && emissions.shape(1) == shared.num_labels(), "emissions must be [frames, labels].");
   const float* data = emissions.data();
   const int64_t frames = emissions.shape(0);
@@ -117,7 +128,8 @@ void bind_lexicon_search(py::module_& module) {
       .def(py::init(&make_search), py::kw_only(), py::arg("num_labels"), py::arg("blank"), py::arg("silence"),
            py::arg("beam_size"), py::arg("top_labels"), py::arg("beam_margin"), py::arg("lm_weight"),
            py::arg("lm_scale"), py::arg("word_score"), py::arg("unknown_score"), py::arg("silence_score"), py::arg("log_add"),
-           py::arg("trie"), py::arg("unknown_word"), py::arg("table"), py::arg("ids"))
+           py::arg("trie"), py::arg("unknown_word"), py::arg("table"), py::arg("ids"),
+           py::arg("transitions") = py::none())
       .def("step", &step, py::kw_only(), py::arg("emissions"))
       .def("end", [](SharedLexiconSearch& shared) { shared.with([](LexiconSearch& search) { search.end(); }); })
       .def("results", &results)

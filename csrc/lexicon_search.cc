@@ -90,14 +90,24 @@ void LexiconSearch::add(double score, int32_t history, int32_t node, int32_t lab
   candidates_.push_back({score, history, node, label, ends_in_blank, word, parent.parent});
 }
 
-void LexiconSearch::extend_spelling(const Path& path, int32_t label, float emission) {
+template <bool kHasTransitions>
+double LexiconSearch::heard(const Path& path, int32_t label, const float* emissions) const {
+  double emission = emissions[label];
+  if constexpr (kHasTransitions) {  // nothing comes before the first frame
+    if (frames_ > 0) emission += rules_.transitions[static_cast<size_t>(label * rules_.num_labels + path.label)];
+  }
+  return emission;
+}
+
+void LexiconSearch::extend_spelling(const Path& path, int32_t label, double emission) {
   const SpellingTrie::Node& from = trie_->at(path.node);
   const auto child = from.children.find(label);
   if (child == from.children.end()) return;
   const SpellingTrie::Node& node = trie_->at(child->second);
   const double promised = path.node == kRoot ? 0.0 : from.best;
   const double score = path.score + emission + (label == rules_.silence ? rules_.silence_score : 0.0);
-  const bool is_new = path.ends_in_blank || label != path.label;
+  // Without a blank, spellings say repeats by labels of their own.
+  const bool is_new = path.ends_in_blank || label != path.label || rules_.blank < 0;
   if (is_new && !node.children.empty()) {
     const double change = rules_.lm_weight * (node.best - promised);
     add(score + change, path.history, child->second, label, false, -1, path);
@@ -117,7 +127,7 @@ void LexiconSearch::extend_spelling(const Path& path, int32_t label, float emiss
   }
 }
 
-void LexiconSearch::extend_free(const Path& path, int32_t label, float emission) {
+void LexiconSearch::extend_free(const Path& path, int32_t label, double emission) {
   const double score = path.score + emission + (label == rules_.silence ? rules_.silence_score : 0.0);
   if (label == rules_.blank) {
     add(score, path.history, kRoot, label, true, -1, path);
@@ -130,6 +140,7 @@ void LexiconSearch::extend_free(const Path& path, int32_t label, float emission)
   }
 }
 
+template <bool kHasTransitions>
 void LexiconSearch::frame(const float* emissions) {
   std::iota(order_.begin(), order_.end(), 0);
   const auto before = [emissions](int32_t a, int32_t b) {
@@ -140,19 +151,23 @@ void LexiconSearch::frame(const float* emissions) {
   best_ = kImpossibleScore;
   candidates_.clear();
   const auto silence = static_cast<int32_t>(rules_.silence);
-  const auto blank = static_cast<int32_t>(rules_.blank);
+  [[maybe_unused]] const auto blank = static_cast<int32_t>(rules_.blank);
   for (const Path& path : beam_) {
     for (int64_t rank = 0; rank < looked_at; ++rank) {
       const int32_t label = order_[static_cast<size_t>(rank)];
-      trie_ == nullptr ? extend_free(path, label, emissions[label]) : extend_spelling(path, label, emissions[label]);
+      const double emission = heard<kHasTransitions>(path, label, emissions);
+      trie_ == nullptr ? extend_free(path, label, emission) : extend_spelling(path, label, emission);
     }
     if (trie_ == nullptr) continue;
     if (!path.ends_in_blank || path.node == kRoot) {
       const int32_t label = path.node == kRoot ? silence : path.label;
       const double bonus = label == silence ? rules_.silence_score : 0.0;
-      add(path.score + emissions[label] + bonus, path.history, path.node, label, false, -1, path);
+      const double emission = heard<kHasTransitions>(path, label, emissions);
+      add(path.score + emission + bonus, path.history, path.node, label, false, -1, path);
     }
-    add(path.score + emissions[blank], path.history, path.node, blank, true, -1, path);
+    if constexpr (!kHasTransitions) {
+      add(path.score + emissions[blank], path.history, path.node, blank, true, -1, path);
+    }
   }
   store();
 }
@@ -190,8 +205,10 @@ void LexiconSearch::store() {
 }
 
 void LexiconSearch::step(const float* emissions, int64_t frames) {
-  for (int64_t t = 0; t < frames; ++t) frame(emissions + t * rules_.num_labels);
-  frames_ += frames;
+  for (int64_t t = 0; t < frames; ++t, ++frames_) {
+    const float* row = emissions + t * rules_.num_labels;
+    rules_.transitions.empty() ? frame<false>(row) : frame<true>(row);
+  }
 }
 
 void LexiconSearch::end() {

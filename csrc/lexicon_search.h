@@ -1,4 +1,5 @@
-// CTC beam search whose words come from a lexicon of spellings, or which has no words: flashlight's search, by facts.
+// Beam search of CTC or ASG models whose words come from a lexicon of spellings, or which has no words: flashlight's,
+// by facts.
 //
 // A beam holds the best alignments; those that agree in words, place in the lexicon, last label and ending are one.
 #pragma once
@@ -15,7 +16,7 @@ namespace shallowfusion {
 
 struct LexiconRules {
   int64_t num_labels = 0;
-  int64_t blank = 0;
+  int64_t blank = 0;  // -1 = none, which goes with transitions
   int64_t silence = 0;
   int64_t beam_size = 50;
   int64_t top_labels = 0;  // looked at in each frame
@@ -26,6 +27,8 @@ struct LexiconRules {
   double unknown_score = -std::numeric_limits<double>::infinity();
   double silence_score = 0.0;
   bool log_add = false;
+  // [num_labels, num_labels], added where the row's label stands in the frame after the column's (ASG); empty = CTC.
+  std::vector<float> transitions = {};
 };
 
 // The spellings of a lexicon as a trie; a node's `best` is the largest word score at or below it, where the scores of
@@ -103,9 +106,13 @@ class LexiconSearch {
     int32_t word;
   };
 
+  template <bool kHasTransitions>
   void frame(const float* emissions);
-  void extend_spelling(const Path& path, int32_t label, float emission);
-  void extend_free(const Path& path, int32_t label, float emission);
+  // What a label says of its frame after a path.
+  template <bool kHasTransitions>
+  double heard(const Path& path, int32_t label, const float* emissions) const;
+  void extend_spelling(const Path& path, int32_t label, double emission);
+  void extend_free(const Path& path, int32_t label, double emission);
   void add(double score, int32_t history, int32_t node, int32_t label, bool ends_in_blank, int32_t word,
            const Path& parent);
   void store();

@@ -1,7 +1,8 @@
-"""CTC beam search over a lexicon of spellings, or over labels, that keeps the best alignments as flashlight does."""
+"""Beam search of CTC or ASG models over a lexicon of spellings, or over labels; keeps alignments as flashlight does."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from shallowfusion.config import require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.ngrams.table import NgramTableProtocol
 
-__all__ = ["LexiconOptions", "LexiconResult", "LexiconSearch", "LexiconSearchProtocol", "LexiconWords"]
+__all__ = [
+    "LexiconOptions",
+    "LexiconResult",
+    "LexiconSearch",
+    "LexiconSearchProtocol",
+    "LexiconWords",
+    "packed_repeats",
+]
 
 Float32Array = npt.NDArray[np.float32]
 MOST = 1_000_000
@@ -100,6 +108,10 @@ class LexiconSearchProtocol(Protocol):
     words, place in the lexicon, last label and whether it was a blank are one. A search that ends inside a word in
     every alignment keeps them.
 
+    Transitions make it a search of the ASG criterion: there is no blank, each frame but the first adds the transition
+    from the label of the frame before (silence or a label), a label that goes on is the same one, and words say a
+    repeated label by labels that stand for repeats (`packed_repeats`).
+
     Price per frame: O(beam_size * min(top_labels, children) * log) and one look-up per new word history. Memory: 12
     bytes per alignment and frame.
 
@@ -124,25 +136,29 @@ class LexiconSearch:
 
     Args:
         num_labels: of the emissions.
-        blank, silence: labels; silence stands between words and fills the frames there.
+        blank, silence: labels; silence stands between words and fills the frames there. With transitions blank is None.
         words: the lexicon.
         options: see `LexiconOptions`.
         table: of words, None = no language model.
+        transitions: float32 [labels, labels] of an ASG model, added where the row's label stands in the frame after the
+            column's; -inf forbids. None = CTC.
 
     Raises:
-        InvalidArgumentError: labels or words out of range.
+        InvalidArgumentError: labels or words out of range, transitions of another shape, NaN or inf, or beside a blank.
     """
 
     def __init__(
         self,
         num_labels: int,
-        blank: int,
+        blank: int | None,
         silence: int,
         words: LexiconWords,
         options: LexiconOptions | None = None,
         table: NgramTableProtocol | None = None,
+        transitions: npt.ArrayLike | None = None,
     ) -> None:
         self.num_labels = num_labels
+        self._transitions = checked_transitions(transitions, num_labels, blank)
         self._rules = search_rules(num_labels, blank, silence, options or LexiconOptions())
         self._words, self._table = words, table
         self._trie = None
@@ -185,15 +201,36 @@ class LexiconSearch:
             unknown_word=self._words.unknown,
             table=table,
             ids=[int(i) for i in self._words.ids],
+            transitions=self._transitions,
         )
 
 
-def search_rules(num_labels: int, blank: int, silence: int, options: LexiconOptions) -> dict[str, Any]:
-    """Checked numbers of a search."""
+def packed_repeats(spelling: Sequence[int], repeats: Sequence[int]) -> list[int]:
+    """A spelling in which labels that stand for repeats say what an ASG model cannot say twice.
+
+    Args:
+        spelling: labels.
+        repeats: the label for one more, for two more, ... of the label before; "l l" becomes "l 1". Longer runs begin
+            again: with one such label "l l l" becomes "l 1 l".
+
+    Source: flashlight-text's `pack_replabels`.
+    """
+    packed: list[int] = []
+    for label, run in itertools.groupby(spelling):
+        left = len(list(run))
+        while left > 0:
+            more = min(left - 1, len(repeats))
+            packed += [int(label), *([int(repeats[more - 1])] if more else [])]
+            left -= 1 + more
+    return packed
+
+
+def search_rules(num_labels: int, blank: int | None, silence: int, options: LexiconOptions) -> dict[str, Any]:
+    """Checked numbers of a search; the blank is -1 where there is none."""
     integer("num_labels", num_labels, 1, MOST)
     return {
         "num_labels": num_labels,
-        "blank": integer("blank", blank, 0, num_labels - 1),
+        "blank": -1 if blank is None else integer("blank", blank, 0, num_labels - 1),
         "silence": integer("silence", silence, 0, num_labels - 1),
         "beam_size": options.beam_size,
         "top_labels": min(options.top_labels or num_labels, num_labels),
@@ -221,6 +258,23 @@ def scored_spellings(
         for word, own in enumerate(words.spellings)
         for spelling in own
     ]
+
+
+def checked_transitions(transitions: npt.ArrayLike | None, num_labels: int, blank: int | None) -> Float32Array | None:
+    """float32 [labels, labels], below inf.
+
+    Raises:
+        InvalidArgumentError: another shape, NaN or inf, or a blank as well as transitions, or neither.
+    """
+    if transitions is None:
+        require(blank is not None, "blank must be a label, got None; only a search with transitions has none.")
+        return None
+    require(blank is None, f"blank must be None with transitions, got {blank!r}; the ASG criterion has no blank.")
+    array = np.ascontiguousarray(transitions, dtype=np.float32)
+    if array.shape != (num_labels, num_labels):
+        raise InvalidArgumentError(f"transitions must be [{num_labels}, {num_labels}], got {list(array.shape)}.")
+    require(bool((array < np.inf).all()), "transitions must be nats below inf (-inf forbids), got NaN or inf.")
+    return array
 
 
 def checked_emissions(emissions: npt.ArrayLike, num_labels: int) -> Float32Array:

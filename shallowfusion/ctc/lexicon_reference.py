@@ -15,6 +15,7 @@ from shallowfusion.ctc.lexicon import (
     LexiconResult,
     LexiconWords,
     checked_emissions,
+    checked_transitions,
     scored_spellings,
     search_rules,
 )
@@ -60,13 +61,15 @@ class ReferenceLexiconSearch:
     def __init__(
         self,
         num_labels: int,
-        blank: int,
+        blank: int | None,
         silence: int,
         words: LexiconWords,
         options: LexiconOptions | None = None,
         table: NgramTableProtocol | None = None,
+        transitions: npt.ArrayLike | None = None,
     ) -> None:
         self.options = options or LexiconOptions()
+        self._transitions = checked_transitions(transitions, num_labels, blank)
         self._rules = search_rules(num_labels, blank, silence, self.options)
         self._num_labels, self._blank, self._silence = num_labels, blank, silence
         self._words, self._table = words, table
@@ -130,6 +133,12 @@ class ReferenceLexiconSearch:
     def _silent(self, label: int) -> float:
         return self.options.silence_score if label == self._silence else 0.0
 
+    def _heard(self, path: Path, frame: list[float], label: int) -> float:
+        """What a label says of its frame, the transition to it included; silence before the first frame has none."""
+        if self._transitions is None or len(path.labels) == 1:
+            return frame[label]
+        return frame[label] + float(self._transitions[label, path.label])
+
     def _moved(self, path: Path, score: float, label: int, node: Node | None = None, blank: bool = False) -> Path:
         return path._replace(
             score=score,
@@ -146,8 +155,8 @@ class ReferenceLexiconSearch:
             child = path.node.children.get(label)
             if child is None:
                 continue
-            score = path.score + frame[label] + self._silent(label)
-            if child.children and (path.ends_in_blank or label != path.label):
+            score = path.score + self._heard(path, frame, label) + self._silent(label)
+            if child.children and (path.ends_in_blank or label != path.label or self._blank is None):
                 yield self._moved(path, score + options.lm_weight * (child.best - promised), label, child)
             spoken = [] if path.node is root and path.label == label else [(w, options.word_score) for w in child.words]
             if not child.words and options.unknown_score > IMPOSSIBLE:
@@ -159,12 +168,13 @@ class ReferenceLexiconSearch:
                 )
         if not path.ends_in_blank or path.node is root:
             label = self._silence if path.node is root else path.label
-            yield self._moved(path, path.score + frame[label] + self._silent(label), label)
-        yield self._moved(path, path.score + frame[self._blank], self._blank, blank=True)
+            yield self._moved(path, path.score + self._heard(path, frame, label) + self._silent(label), label)
+        if self._blank is not None:
+            yield self._moved(path, path.score + frame[self._blank], self._blank, blank=True)
 
     def _free(self, path: Path, frame: list[float], ranked: list[int]) -> Iterable[Path]:
         for label in ranked:
-            score = path.score + frame[label] + self._silent(label)
+            score = path.score + self._heard(path, frame, label) + self._silent(label)
             moved = self._moved(path, score, label, blank=label == self._blank)
             if label != self._blank and (label != path.label or path.ends_in_blank):
                 said = self.options.lm_weight * self._said(path.history, label)

@@ -84,7 +84,10 @@ class BeamStateProtocol(Protocol):
     - `espnet` (ESPnet's `BeamSearch`): only the first `beam_size` candidates count; those that end are all kept, the
       others live on, so lanes get fewer. Done without live lanes, or when, after n tokens, the best hypothesis of
       each of the lengths n - 2, n - 3 and n - 4 is more than 10 nats below the best finished one (raw totals; the
-      lag of two is ESPnet's, whose sequences carry a start token). key = total / length ** length_penalty.
+      lag of two is ESPnet's, whose sequences carry a start token). key = total / length ** length_penalty; 0 is
+      ESPnet's default, 1 its `normalize_length`. Not as there: the end is looked for under any limit (there with
+      maxlenratio = 0 alone); keys at the limit (there one more end token is counted); min_new_tokens forbids the end
+      (there hypotheses that end below minlenratio are dropped from the beam); length_bonus leaves the end token out.
 
     At `max_new_tokens` every rule is done: `hf` finishes the first `beam_size` candidates, `espnet` all live ones,
     `whisper` fills up its list. An empty hypothesis (forced before the first step) counts as length 1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter, defaultdict
 from typing import Any
@@ -203,6 +204,26 @@ def test_character_model_mends_the_handwriting_line(search_class: type) -> None:
 
 def spelled(letter: str) -> str:
     return "<space>" if letter == " " else letter
+
+
+def test_published_toy_whose_words_are_those_of_a_model(search_class: type) -> None:
+    """The published decoder weighs its word model by 0 but takes paths from the words the labels can spell: "a".
+
+    No silence stands before its first word, so the space is a label like the others.
+    """
+    cases = json.loads(shared_file("toy_cases.json").read_text(encoding="utf-8"))
+    (case,) = [case for case in cases if case["name"] == "parlance_seq2"]
+    labels = tuple(case["alphabet"])
+    model = NgramTable.from_arpa(shared_file("parlance/test.arpa")).model
+    assert [word for word in model.words if set(word) <= set(labels)] == ["a"]
+    pairs = dict.fromkeys([("<s>", "a"), ("a", " "), (" ", "a")], 0.0)
+    table = table_of(dict.fromkeys(labels, IMPOSSIBLE), pairs)
+    alphabet = CtcAlphabet(labels, blank=case["blank"])
+    search = search_class(alphabet, CtcOptions(beam_size=20, lm_weight=1.0), CtcLanguage(table, unit="labels"))
+    best = searched(search, np.log(np.array([case["probs"]])))[0].best
+    assert best.text == case["published"]["beam20_with_test.arpa"] == "a a"
+    exact = enumerated(np.log(np.array(case["probs"])), case["blank"])[2, 1, 2]
+    assert best.total == pytest.approx(math.log(exact), abs=1e-5)
 
 
 def test_known_words_mend_handwriting(search_class: type) -> None:

@@ -8,7 +8,10 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shallowfusion import _native
 from shallowfusion.ctc.lexicon import LexiconOptions, LexiconSearch, LexiconWords
 from shallowfusion.ctc.lexicon_reference import ReferenceLexiconSearch
 from shallowfusion.errors import InvalidArgumentError
@@ -137,6 +140,48 @@ def test_the_core_refuses_labels_and_words_out_of_range(table) -> None:
         LexiconSearch(5, BLANK, SILENCE, LexiconWords(None, [0, 0]))
     with pytest.raises(InvalidArgumentError):
         LexiconSearch(5, BLANK, SILENCE, LexiconWords([[[2]]], [10**6]), None, table)
+
+
+NUMBERS = st.one_of(st.integers(-2, 6), st.floats(), st.none(), st.text(max_size=2), st.integers(-(2**80), 2**80))
+FRAMES = (
+    np.zeros((2, 3), np.float32), np.zeros((3, 3), np.float32), np.full((3, 3), -np.inf, np.float32),
+    np.full((1, 3), np.nan, np.float32), np.zeros((0, 3), np.float32), np.zeros((3, 2)), np.zeros(9), None, "text",
+)  # fmt: skip
+
+
+@given(st.data())
+def test_the_binding_never_crashes(data: st.DataObject) -> None:
+    """Whatever is given, the binding works or raises; nothing else."""
+    draw = data.draw
+    sane = draw(st.booleans())
+    number = st.integers(0, 2) if sane else st.integers(-1, 3)
+    spelling = st.tuples(number, st.lists(number, min_size=int(sane), max_size=3), st.floats())
+    transitions = draw(st.sampled_from([None, FRAMES[1], FRAMES[2]] if sane else FRAMES))
+    numbers = {name: draw(st.floats()) for name in ("beam_margin", "lm_weight", "lm_scale", "word_score")}
+    numbers |= {name: draw(st.floats()) for name in ("unknown_score", "silence_score")}
+    try:
+        spellings = draw(st.lists(spelling, max_size=4))
+        trie = _native.SpellingTrie(spellings=spellings, num_labels=3, num_words=3) if draw(st.booleans()) else None
+        search = _native.LexiconSearch(
+            num_labels=3,
+            blank=draw(st.integers(0, 2) if transitions is None else st.just(-1)) if sane else draw(NUMBERS),
+            silence=draw(number if sane else NUMBERS),
+            beam_size=draw(st.integers(1, 4) if sane else NUMBERS),
+            top_labels=draw(st.integers(1, 4) if sane else NUMBERS),
+            **numbers,
+            log_add=draw(st.booleans()),
+            trie=trie,
+            unknown_word=draw(st.integers(0, 2) if sane else NUMBERS),
+            table=None,
+            ids=[0, 1, 2] if sane else draw(st.lists(st.integers(-1, 3), max_size=4)),
+            transitions=transitions,
+        )
+        for _ in range(draw(st.integers(0, 3))):
+            search.step(emissions=draw(st.sampled_from(FRAMES[:5] if sane else FRAMES)))
+        search.end()
+    except (InvalidArgumentError, TypeError, ValueError):
+        return
+    assert all(len(labels) == search.num_frames + 2 for _, labels, _ in search.results())
 
 
 def test_the_core_refuses_other_widths_and_a_lexicon_of_more_words() -> None:

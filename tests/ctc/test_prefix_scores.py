@@ -14,7 +14,8 @@ from shallowfusion import _native
 from shallowfusion.ctc.prefix_scores import END, NOTHING, PrefixScores
 from shallowfusion.ctc.prefix_scores_reference import ReferencePrefixScores
 from shallowfusion.errors import InvalidArgumentError
-from tests.ctc.conftest import libri, random_log_probs
+from tests.ctc.conftest import libri, random_log_probs, shared_matrix
+from tests.ctc.test_search import HTR_LABELS
 
 VECTOR = np.log(np.array([[[0.5, 0.3, 0.2], [0.4, 0.5, 0.1], [0.6, 0.1, 0.3]]]))  # METHODS 1.8; blank, a, b
 
@@ -241,6 +242,13 @@ def test_stored_emissions(make: Make) -> None:
     assert total > np.log(0.2)  # the beginning of the published answer
     worse, _ = log_psi(make(log_probs, blank=28), (*ids[:-1], labels.index("z")))
     assert worse < total - 3
+
+
+def test_published_probability_of_the_handwriting_reference(make: Make) -> None:
+    log_probs = shared_matrix("ctcdecoder_htr/line/rnnOutput.csv")[None].astype(np.float32)
+    text = "the fake friend of the family, like the"
+    _, whole = log_psi(make(log_probs, blank=79), tuple(HTR_LABELS.index(letter) for letter in text))
+    assert np.exp(whole) == pytest.approx(6.31472642886565e-13, rel=1e-6)
 
 
 def test_after_the_end_everything_is_impossible(make: Make) -> None:

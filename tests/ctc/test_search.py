@@ -93,6 +93,9 @@ def test_published_toys(any_search_class: type, name: str) -> None:
     with np.errstate(divide="ignore"):
         log_probs = np.log(np.array([case["probs"]]))
     alphabet = CtcAlphabet(tuple(case["alphabet"]), blank=case["blank"])
+    best_path = CtcOptions(beam_size=4, merge="max")
+    greedy = case["published"].get("greedy", case["published"].get("best_path"))
+    assert searched(any_search_class(alphabet, best_path), log_probs)[0].best.text == greedy
     beam = case["published"].get("beam20", case["published"].get("beam"))
     assert searched(any_search_class(alphabet, CtcOptions(beam_size=20)), log_probs)[0].best.text == beam
     (wide,) = searched(any_search_class(alphabet, CtcOptions(beam_size=100)), log_probs)

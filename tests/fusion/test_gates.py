@@ -132,6 +132,29 @@ def test_uadf_as_published(language, acoustic, entropy, weight, mixed, winner) -
     assert (in_order.exp() * (1 + weight)).tolist() == pytest.approx(list(mixed), abs=1e-5)
 
 
+def row_of(entropy: float) -> list[float]:
+    """64 falling probabilities of that entropy, nats."""
+    low, high = 0.01, 20.0
+    for _ in range(60):
+        row = torch.softmax(-torch.arange(64, dtype=torch.float64) * (low + high) / 2, dim=0)
+        high, low = (high, (low + high) / 2) if torch.special.entr(row).sum() > entropy else ((low + high) / 2, low)
+    return row.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "weight"),
+    [
+        (row_of(0.1), 0.025), (row_of(0.5), 0.122), (row_of(1.0), 0.231), (row_of(2.0), 0.381),
+        ([1 / 32_000] * 32_000, 0.49997), ([1.0, 0.0, 0.0], 0.0),
+    ],
+    ids=["0.1", "0.5", "1.0", "2.0", "uniform", "one possible token"],
+)  # fmt: skip
+def test_uadf_never_gives_the_acoustic_model_half(row: list[float], weight: float) -> None:
+    """The published weights by the entropy of the language model."""
+    acoustic, language = step_weights(fusion.uadf(), view([row], [row])).weights[0].tolist()
+    assert acoustic / language == pytest.approx(weight, abs=6e-4 if weight < 0.4 else 1e-5)
+
+
 def test_uadf_with_swapped_roles_and_its_constant_baseline() -> None:
     seen = view([UNSURE], [LM_ROW])
     weight = 1 / (1 + math.exp(-float(seen.acoustic.entropy))) - 0.5

@@ -240,6 +240,13 @@ bool fuzz_lexicon_search() {
   rules.word_score = one_in(5) ? wild() : draw_between(-1.0, 1.0);
   if (one_in(2)) rules.unknown_score = one_in(5) ? wild() : draw_between(-9.0, 0.0);
   rules.log_add = one_in(2);
+  if (one_in(2)) {
+    rules.blank = -1;
+    const bool is_wild = one_in(3);
+    for (int64_t i = 0; i < rules.num_labels * rules.num_labels; ++i) {
+      rules.transitions.push_back(static_cast<float>(is_wild && one_in(4) ? wild() : draw_between(-3.0, 1.0)));
+    }
+  }
   std::shared_ptr<SpellingTrie> trie;
   if (!one_in(3)) {
     trie = std::make_shared<SpellingTrie>();

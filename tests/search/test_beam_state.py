@@ -173,6 +173,16 @@ def test_whisper_length_penalty_is_gnmt_over_words(state_class: type) -> None:
     assert only.token_totals.tolist() == [-1, -0.5, -1.5]
 
 
+@pytest.mark.parametrize(("words", "divisor"), [(1, 1.000), (5, 1.359), (10, 1.733), (20, 2.354), (50, 3.779)])
+def test_whisper_length_penalty_gives_the_worked_numbers(state_class: type, words: int, divisor: float) -> None:
+    state = state_class(BeamSettings(1, (END,), 99, stop_rule="whisper", length_penalty=0.6), 1, 1)
+    for count in range(1, words + 1):
+        advance(state, [(-count, 0, 4), (-99, 0, 5)])
+    advance(state, [(-60, 0, END), (-99, 0, 5)])
+    (only,) = state.results(0, 1)
+    assert only.key == pytest.approx(-60 / divisor, rel=4e-4)
+
+
 def test_whisper_patience_that_rounds_to_nothing_is_refused(state_class: type) -> None:
     with pytest.raises(InvalidArgumentError, match="patience"):
         state_class(BeamSettings(1, (END,), 9, stop_rule="whisper", patience=0.5), 1, 1)

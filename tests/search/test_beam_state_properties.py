@@ -246,6 +246,30 @@ def test_wider_beam_finds_the_best_hypothesis_of_a_small_space(state_class: type
 
 
 @pytest.mark.parametrize("rule", ["hf", "whisper", "espnet"])
+@pytest.mark.parametrize("seed", range(3))
+def test_recombination_keeps_the_best_by_max_and_never_lowers_it_by_logsumexp(
+    state_class: type, rule: str, seed: int
+) -> None:
+    """Each continuation comes in two parts of its probability, of which the larger is what a search alone can have."""
+    table, shares = random_table(seed, 4, coarse=False), np.log(np.array([0.7, 0.3], dtype=np.float32))
+    best = {}
+    for recombination in ("none", "max", "logsumexp"):
+        settings = {"stop_rule": rule, "early_stopping": "never", "length_penalty": 0.0, "patience": 2.0}
+        beam = BeamSettings(400, (END,), 3, recombination=recombination, **settings)
+        state, lanes = state_class(beam, 1, 1), Lanes()
+        while not state.is_done(0):
+            whole = candidates_of(lanes, table, 0, 10**6)
+            parts = [(np.float32(total + share), *rest) for total, *rest in whole for share in shares]
+            parts.sort(key=lambda candidate: -candidate[0])
+            lanes.follow(state.advance([0], *pack([parts[: beam.num_candidates]], beam.num_candidates)), 0)
+        best[recombination] = state.results(0, 1)[0]
+    unsplit = run(state_class(beam, 1, 1), beam, table, 1)[0][0]
+    assert best["max"].total == best["none"].total <= best["logsumexp"].total
+    assert best["logsumexp"].token_ids == unsplit.token_ids
+    assert best["logsumexp"].total == pytest.approx(unsplit.total, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["hf", "whisper", "espnet"])
 def test_batch_gives_what_single_searches_give(state_class: type, rule: str) -> None:
     table = random_table(5, 6, coarse=False)
     beam = BeamSettings(4, (END,), 10, stop_rule=rule)
