@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,15 +79,13 @@ def static_batches(work: Work, name: str, width: int = SLOTS) -> list[tuple[int,
     )
 
 
-def _searched(
-    work: Work, name: str, batches: Sequence[Sequence[int]], width_of: Callable[[int], int] = lambda beam: 0
-) -> list[tuple[int, ...]]:
+def _searched(work: Work, name: str, batches: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     from shallowfusion.search.loop import StageClock
     from shallowfusion.search.running import RunningSearches
 
     clock, found = StageClock(), []
     for batch in batches:
-        running, cohorts = RunningSearches(clock, width_of), []
+        running, cohorts = RunningSearches(clock), []
         for place in batch:
             own = work.decoder.sources(work.states[place : place + 1], work.options(place))  # type: ignore[attr-defined]
             cohorts.append(running.admit(own.scorers, own.contexts, own.names, own.plan, own.late))
@@ -164,19 +163,47 @@ def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
 
 
 def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:
-    """Utterances with other beam sizes in one pass as wide as the widest, or in passes of their own."""
-    places = range(len(work.states))
-    policies = {
-        "padded to the widest": lambda beam: 0,
-        "powers of two apart": lambda beam: (beam - 1).bit_length(),
-        "each size apart": lambda beam: beam,
-    }
-    providers = {name: lambda n=name, p=policy: _searched(work, n, [places], p) for name, policy in policies.items()}
+    """Utterances of several beam sizes in one pass, over their own rows or as many for each as the widest has."""
+    padded = Work(PaddedDecoder(work.decoder), work.states, work.lengths, work.beams)
+    given = {"rows laid end to end": work, "padded to the widest": padded}
+    spent: dict[str, list[float]] = {}
+    providers = {name: lambda n=name, w=own: _clocked(spent, w, n) for name, own in given.items()}
     _check(providers)
     seconds = take_turns(providers, repeats=3, warm_up=0, device=device)
-    notes = {name: f"efficiency {_efficiency(work, name)}" for name in providers}
+    notes = {
+        name: f"efficiency {_efficiency(own, name)}, {float(np.median(spent[name][1:])):.3g} processor s"
+        for name, own in given.items()
+    }
     where = f"{shape} utterances={len(work.states)} beams={','.join(map(str, work.beams))} tokens={work.lengths[0]}"
-    yield from measurements("session", where, "float32", seconds, "padded to the widest", note=notes)
+    yield from measurements("session", where, "float32", seconds, "rows laid end to end", note=notes)
+
+
+class PaddedDecoder:
+    """A decoder whose scorers compute as many rows for every utterance as the widest beam of a pass has."""
+
+    def __init__(self, decoder: object) -> None:
+        self.decoder = decoder
+        self.own: dict[int, object] = {}
+
+    def sources(self, states: Tensor, options: object) -> object:
+        found = self.decoder.sources(states, options)  # type: ignore[attr-defined]
+        return replace(found, scorers=[self.own.setdefault(id(scorer), _padded(scorer)) for scorer in found.scorers])
+
+
+def _padded(scorer: object) -> object:
+    """The same over the same model, without knowledge that its attention can do with packed rows."""
+    kind = type(scorer)
+    other = copy.copy(scorer)
+    other.__class__ = type(f"Padded{kind.__name__}", (kind,), {"packs_rows": False})
+    return other
+
+
+def _clocked(spent: dict[str, list[float]], work: Work, name: str) -> list[tuple[int, ...]]:
+    """All at once, and the processor seconds it took."""
+    start = time.process_time()
+    found = _searched(work, name, [range(len(work.states))])
+    spent.setdefault(name, []).append(time.process_time() - start)
+    return found
 
 
 def _cohorts(work: Work, shape: str, device: str) -> Iterator[Measurement]:
