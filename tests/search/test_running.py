@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion import DecodingOptions, FusionDecoder
+from shallowfusion.scorers import attention
 from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.scorers.slots import roomy
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.running import Cohort, RunningSearches
+from tests.shipped import ASR, MEDICAL, clip
 from tests.tiny import random_encoder_output, tiny_decoder
 
 MODEL, PACKED = tiny_decoder(1), tiny_decoder(1)
@@ -178,6 +180,24 @@ def test_orders_of_places_stay_distinct_when_many_come_and_go() -> None:
         running.step()
     for cohort, encoded, options in cohorts:
         assert_as_alone(cohort, encoded, **options)
+
+
+def test_shipped_models_hear_the_same_beside_other_beam_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    native = attention.frame_attention_native
+    monkeypatch.setattr(
+        attention, "frame_attention_native", lambda *a, **k: (asked.append(k["starts"] is not None), native(*a, **k))[1]
+    )
+    decoder = FusionDecoder.from_pretrained(ASR, MEDICAL, device="cpu")
+    beams = (1, 5, 3)
+    with decoder.session(max_utterances=3, encoder_batch=3) as session:
+        futures = [session.submit(clip(i), beam_size=beam, lm_weight=0.4) for i, beam in enumerate(beams)]
+    assert set(asked) == {True, False}  # rows laid end to end, and prompts
+    assert session.statistics().efficiency > 0.9
+    for i, (beam, future) in enumerate(zip(beams, futures, strict=True)):
+        (wanted,) = decoder.transcribe([clip(i)], beam_size=beam, lm_weight=0.4)
+        assert future.result().best.token_ids == wanted.best.token_ids
+        assert future.result().best.total == pytest.approx(wanted.best.total, abs=1e-4)
 
 
 def test_equal_beams_share_a_fused_step_beside_a_wider_one() -> None:
