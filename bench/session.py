@@ -113,6 +113,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     lengths = uneven_lengths(count, quick)
     work = Work(pair.fused, states, lengths, [5] * count)
     yield list(_uneven(work, shape, device))
+    yield list(_full(work, shape, turns=1 if quick else 2))
     mixed = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [1, 5, 2, 10, 5, 1, 5, 4])
     yield list(_beams(mixed, shape, device))
     alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
@@ -160,6 +161,73 @@ def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
     where += f" mean gap={1e3 * gap:.0f} ms"
     name = "session, arrivals"
     yield from measurements("session", where, "float32", seconds, name, note={name: note})
+
+
+def _full(work: Work, shape: str, turns: int) -> Iterator[Measurement]:
+    """Processor time per token as long as a queue fills every place at once, without the end where few run."""
+    count = len(work.states)
+    mean = sum(work.lengths) // count
+    even = Work(work.decoder, work.states, [mean] * count, work.beams)
+    given = {"kept full, uneven lengths": work, "kept full, even lengths": even}
+    found: dict[str, list[Full]] = {name: [] for name in given}
+    for turn in range(turns + 1):
+        for name, own in given.items():
+            full = kept_full(own)
+            if turn:
+                found[name].append(full)
+    seconds = {
+        name: [full.steps / full.tokens + full.admissions / count / mean for full in own] for name, own in found.items()
+    }
+    notes = {}
+    for name, own in found.items():
+        step, newcomer = (
+            float(np.median([1e3 * each for each in every]))
+            for every in ([full.steps / full.num_steps for full in own], [full.admissions / count for full in own])
+        )
+        notes[name] = (
+            f"processor time of a token, its share of the newcomer's included; step {step:.0f} ms, newcomer "
+            f"{newcomer:.0f} ms, {own[0].fused_steps / own[0].num_steps:.2f} fused steps a step"
+        )
+    where = f"{shape} utterances={count} places={SLOTS} beams=5 tokens={min(work.lengths)}-{max(work.lengths)}"
+    yield from measurements("session", where, "float32", seconds, "kept full, uneven lengths", note=notes)
+
+
+@dataclass(frozen=True)
+class Full:
+    """What it took while every place was taken: processor seconds of steps and of those that entered."""
+
+    steps: float
+    admissions: float
+    tokens: int
+    num_steps: int
+    fused_steps: int
+
+
+def kept_full(work: Work) -> Full:
+    """Whoever leaves is followed by the next in the queue; the clock stops when there is none."""
+    from shallowfusion.search.loop import StageClock
+    from shallowfusion.search.running import RunningSearches
+
+    clock = StageClock()
+    running, queue = RunningSearches(clock), list(range(len(work.states)))
+    steps = admissions = 0.0
+    tokens = num_steps = 0
+    while True:
+        start = time.process_time()
+        while queue and running.num_running < SLOTS:
+            place = queue.pop(0)
+            own = work.decoder.sources(work.states[place : place + 1], work.options(place))  # type: ignore[attr-defined]
+            running.admit(own.scorers, own.contexts, own.names, own.plan, own.late)
+        admissions += time.process_time() - start
+        if running.num_running < SLOTS:
+            break
+        start, num_running = time.process_time(), running.num_running
+        running.step()
+        steps, tokens, num_steps = steps + time.process_time() - start, tokens + num_running, num_steps + 1
+    found = Full(steps, admissions, tokens, num_steps, int(clock.counts["fused_steps"]))
+    while running.num_running:
+        running.step()
+    return found
 
 
 def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:
