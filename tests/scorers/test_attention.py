@@ -137,7 +137,9 @@ def test_grouped_heads_and_rotary_positions_equal_uncached_ones(kind: str, heads
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().to(DEVICE)
     scorer = CausalLMScorer(model, vocabulary(41, END, kind))
     set_slot_attention(model, "triton")
-    run_random_search(scorer, [scorer.prompt(), scorer.prompt([1, 2, 3])], None, seed=3, steps=6)
+    prompts = [scorer.prompt(), scorer.prompt([1, 2, 3])]
+    run_random_search(scorer, prompts, None, seed=3, steps=6)
+    run_random_search(scorer, prompts, None, seed=4, steps=3, beams=[2, 3])
 
 
 def test_trees_of_tokens_read_tables_too() -> None:
