@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,15 +79,13 @@ def static_batches(work: Work, name: str, width: int = SLOTS) -> list[tuple[int,
     )
 
 
-def _searched(
-    work: Work, name: str, batches: Sequence[Sequence[int]], width_of: Callable[[int], int] = lambda beam: 0
-) -> list[tuple[int, ...]]:
+def _searched(work: Work, name: str, batches: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     from shallowfusion.search.loop import StageClock
     from shallowfusion.search.running import RunningSearches
 
     clock, found = StageClock(), []
     for batch in batches:
-        running, cohorts = RunningSearches(clock, width_of), []
+        running, cohorts = RunningSearches(clock), []
         for place in batch:
             own = work.decoder.sources(work.states[place : place + 1], work.options(place))  # type: ignore[attr-defined]
             cohorts.append(running.admit(own.scorers, own.contexts, own.names, own.plan, own.late))
@@ -114,6 +113,7 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     lengths = uneven_lengths(count, quick)
     work = Work(pair.fused, states, lengths, [5] * count)
     yield list(_uneven(work, shape, device))
+    yield list(_full(work, shape, turns=1 if quick else 2))
     mixed = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [1, 5, 2, 10, 5, 1, 5, 4])
     yield list(_beams(mixed, shape, device))
     alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
@@ -163,20 +163,115 @@ def _uneven(work: Work, shape: str, device: str) -> Iterator[Measurement]:
     yield from measurements("session", where, "float32", seconds, name, note={name: note})
 
 
-def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:
-    """Utterances with other beam sizes in one pass as wide as the widest, or in passes of their own."""
-    places = range(len(work.states))
-    policies = {
-        "padded to the widest": lambda beam: 0,
-        "powers of two apart": lambda beam: (beam - 1).bit_length(),
-        "each size apart": lambda beam: beam,
+def _full(work: Work, shape: str, turns: int) -> Iterator[Measurement]:
+    """Processor time per token as long as a queue fills every place at once, without the end where few run."""
+    count = len(work.states)
+    mean = sum(work.lengths) // count
+    even = Work(work.decoder, work.states, [mean] * count, work.beams)
+    given = {"kept full, uneven lengths": work, "kept full, even lengths": even}
+    found: dict[str, list[Full]] = {name: [] for name in given}
+    for turn in range(turns + 1):
+        for name, own in given.items():
+            full = kept_full(own)
+            if turn:
+                found[name].append(full)
+    seconds = {
+        name: [full.steps / full.tokens + full.admissions / count / mean for full in own] for name, own in found.items()
     }
-    providers = {name: lambda n=name, p=policy: _searched(work, n, [places], p) for name, policy in policies.items()}
+    notes = {}
+    for name, own in found.items():
+        step, newcomer = (
+            float(np.median([1e3 * each for each in every]))
+            for every in ([full.steps / full.num_steps for full in own], [full.admissions / count for full in own])
+        )
+        notes[name] = (
+            f"processor time of a token, its share of the newcomer's included; step {step:.0f} ms, newcomer "
+            f"{newcomer:.0f} ms, {own[0].fused_steps / own[0].num_steps:.2f} fused steps a step"
+        )
+    where = f"{shape} utterances={count} places={SLOTS} beams=5 tokens={min(work.lengths)}-{max(work.lengths)}"
+    yield from measurements("session", where, "float32", seconds, "kept full, uneven lengths", note=notes)
+
+
+@dataclass(frozen=True)
+class Full:
+    """What it took while every place was taken: processor seconds of steps and of those that entered."""
+
+    steps: float
+    admissions: float
+    tokens: int
+    num_steps: int
+    fused_steps: int
+
+
+def kept_full(work: Work) -> Full:
+    """Whoever leaves is followed by the next in the queue; the clock stops when there is none."""
+    from shallowfusion.search.loop import StageClock
+    from shallowfusion.search.running import RunningSearches
+
+    clock = StageClock()
+    running, queue = RunningSearches(clock), list(range(len(work.states)))
+    steps = admissions = 0.0
+    tokens = num_steps = 0
+    while True:
+        start = time.process_time()
+        while queue and running.num_running < SLOTS:
+            place = queue.pop(0)
+            own = work.decoder.sources(work.states[place : place + 1], work.options(place))  # type: ignore[attr-defined]
+            running.admit(own.scorers, own.contexts, own.names, own.plan, own.late)
+        admissions += time.process_time() - start
+        if running.num_running < SLOTS:
+            break
+        start, num_running = time.process_time(), running.num_running
+        running.step()
+        steps, tokens, num_steps = steps + time.process_time() - start, tokens + num_running, num_steps + 1
+    found = Full(steps, admissions, tokens, num_steps, int(clock.counts["fused_steps"]))
+    while running.num_running:
+        running.step()
+    return found
+
+
+def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    """Utterances of several beam sizes in one pass, over their own rows or as many for each as the widest has."""
+    padded = Work(PaddedDecoder(work.decoder), work.states, work.lengths, work.beams)
+    given = {"rows laid end to end": work, "padded to the widest": padded}
+    spent: dict[str, list[float]] = {}
+    providers = {name: lambda n=name, w=own: _clocked(spent, w, n) for name, own in given.items()}
     _check(providers)
     seconds = take_turns(providers, repeats=3, warm_up=0, device=device)
-    notes = {name: f"efficiency {_efficiency(work, name)}" for name in providers}
+    notes = {
+        name: f"efficiency {_efficiency(own, name)}, {float(np.median(spent[name][1:])):.3g} processor s"
+        for name, own in given.items()
+    }
     where = f"{shape} utterances={len(work.states)} beams={','.join(map(str, work.beams))} tokens={work.lengths[0]}"
-    yield from measurements("session", where, "float32", seconds, "padded to the widest", note=notes)
+    yield from measurements("session", where, "float32", seconds, "rows laid end to end", note=notes)
+
+
+class PaddedDecoder:
+    """A decoder whose scorers compute as many rows for every utterance as the widest beam of a pass has."""
+
+    def __init__(self, decoder: object) -> None:
+        self.decoder = decoder
+        self.own: dict[int, object] = {}
+
+    def sources(self, states: Tensor, options: object) -> object:
+        found = self.decoder.sources(states, options)  # type: ignore[attr-defined]
+        return replace(found, scorers=[self.own.setdefault(id(scorer), _padded(scorer)) for scorer in found.scorers])
+
+
+def _padded(scorer: object) -> object:
+    """The same over the same model, without knowledge that its attention can do with packed rows."""
+    kind = type(scorer)
+    other = copy.copy(scorer)
+    other.__class__ = type(f"Padded{kind.__name__}", (kind,), {"packs_rows": False})
+    return other
+
+
+def _clocked(spent: dict[str, list[float]], work: Work, name: str) -> list[tuple[int, ...]]:
+    """All at once, and the processor seconds it took."""
+    start = time.process_time()
+    found = _searched(work, name, [range(len(work.states))])
+    spent.setdefault(name, []).append(time.process_time() - start)
+    return found
 
 
 def _cohorts(work: Work, shape: str, device: str) -> Iterator[Measurement]:

@@ -17,9 +17,15 @@ namespace py = pybind11;
 
 using Strides = std::array<int64_t, 3>;  // of utterances, positions and heads, in elements
 
+void check_starts(const int64_t* starts, int64_t utterances, int64_t queries) {
+  bool is_ascending = starts[0] == 0 && starts[utterances] == queries;
+  for (int64_t u = 0; u < utterances; ++u) is_ascending = is_ascending && starts[u] <= starts[u + 1];
+  check(is_ascending, "starts must ascend from 0 to the number of queries.");
+}
+
 void attend(uint64_t query, const Strides& query_strides, uint64_t keys, const Strides& key_strides, uint64_t values,
             const Strides& value_strides, int dtype, uint64_t output, uint64_t lengths,
-            const std::array<int64_t, 6>& sizes, float scale, const std::optional<std::string>& level, int threads) {
+            uint64_t starts, const std::array<int64_t, 6>& sizes, float scale, const std::optional<std::string>& level, int threads) {
   const auto [utterances, queries, heads, key_heads, frames, dim] = sizes;
   constexpr int64_t most = int64_t{1} << 31;
   for (const int64_t size : sizes) check(size >= 1 && size <= most, "sizes must be from 1 to 2^31.");
@@ -40,6 +46,8 @@ void attend(uint64_t query, const Strides& query_strides, uint64_t keys, const S
   call.dtype = kind;
   call.output = pointer<float>(output, 4, "output");
   call.lengths = lengths == 0 ? nullptr : pointer<const int32_t>(lengths, 4, "lengths");
+  call.starts = starts == 0 ? nullptr : pointer<const int64_t>(starts, 8, "starts");
+  if (call.starts != nullptr) check_starts(call.starts, utterances, queries);
   call.utterances = utterances;
   call.queries = queries;
   call.heads = heads;
@@ -57,7 +65,8 @@ void attend(uint64_t query, const Strides& query_strides, uint64_t keys, const S
 void bind_frame_attention(py::module_& module) {
   module.def("frame_attention", &attend, py::kw_only(), py::arg("query"), py::arg("query_strides"), py::arg("keys"),
              py::arg("key_strides"), py::arg("values"), py::arg("value_strides"), py::arg("dtype"), py::arg("output"),
-             py::arg("lengths"), py::arg("sizes"), py::arg("scale"), py::arg("level"), py::arg("threads"));
+             py::arg("lengths"), py::arg("starts"), py::arg("sizes"), py::arg("scale"), py::arg("level"),
+             py::arg("threads"));
 }
 
 }  // namespace shallowfusion

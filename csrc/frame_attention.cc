@@ -22,12 +22,15 @@ class Task {
         first_(first),
         last_(last),
         group_(arguments.heads / arguments.key_heads),
-        rows_(group_ * arguments.queries),
+        start_(arguments.starts == nullptr ? utterance * arguments.queries : arguments.starts[utterance]),
+        queries_(arguments.starts == nullptr ? arguments.queries : arguments.starts[utterance + 1] - start_),
+        rows_(group_ * queries_),
         count_(arguments.lengths == nullptr ? arguments.frames
                                             : std::clamp<int64_t>(arguments.lengths[utterance], 0, arguments.frames)),
         stride_(round_up(count_, kMaxLanes)) {}
 
   void run() {
+    if (queries_ == 0) return;
     const int64_t rows = (last_ - first_) * rows_;
     query_.resize(static_cast<size_t>(rows * call_.dim));
     mixed_.assign(static_cast<size_t>(rows * call_.dim), 0.0f);
@@ -71,16 +74,17 @@ class Task {
     }
   }
 
-  int64_t query_head(int64_t head, int64_t row) const { return (first_ + head) * group_ + row / call_.queries; }
+  int64_t query_head(int64_t head, int64_t row) const { return (first_ + head) * group_ + row / queries_; }
 
   void read_query() {
     const float factor = call_.scale * static_cast<float>(kLog2E);
     float* to = query_.data();
+    const float* own = call_.query + (call_.starts == nullptr ? utterance_ * call_.query_utterance_stride
+                                                              : start_ * call_.query_position_stride);
     for (int64_t head = 0; head < last_ - first_; ++head) {
       for (int64_t row = 0; row < rows_; ++row, to += call_.dim) {
-        const float* from = call_.query + utterance_ * call_.query_utterance_stride +
-                            row % call_.queries * call_.query_position_stride +
-                            query_head(head, row) * call_.query_head_stride;
+        const float* from =
+            own + row % queries_ * call_.query_position_stride + query_head(head, row) * call_.query_head_stride;
         for (int64_t at = 0; at < call_.dim; ++at) to[at] = factor * from[at];
       }
     }
@@ -91,7 +95,7 @@ class Task {
     for (int64_t head = 0; head < last_ - first_; ++head) {
       for (int64_t row = 0; row < rows_; ++row, from += call_.dim) {
         const float unit = 1.0f / sums_[static_cast<size_t>(head * rows_ + row)];
-        const int64_t place = (utterance_ * call_.queries + row % call_.queries) * call_.heads + query_head(head, row);
+        const int64_t place = (start_ + row % queries_) * call_.heads + query_head(head, row);
         float* to = call_.output + place * call_.dim;
         for (int64_t at = 0; at < call_.dim; ++at) to[at] = unit * from[at];
       }
@@ -104,6 +108,8 @@ class Task {
   const int64_t first_;
   const int64_t last_;
   const int64_t group_;   // query heads per key head
+  const int64_t start_;   // of the queries of this utterance in the output
+  const int64_t queries_;
   const int64_t rows_;    // of one key head
   const int64_t count_;   // frames that are seen
   const int64_t stride_;  // of scores

@@ -18,7 +18,9 @@ struct FrameTensor {
 };
 
 struct FrameAttention {
-  const float* query;  // [utterances, queries, heads, dim], strides likewise; heads are a multiple of key_heads
+  // [utterances, queries, heads, dim], strides likewise; heads are a multiple of key_heads. With starts
+  // [queries, heads, dim], those of each utterance side by side.
+  const float* query;
   int64_t query_utterance_stride;
   int64_t query_position_stride;
   int64_t query_head_stride;
@@ -27,6 +29,7 @@ struct FrameAttention {
   Dtype dtype;             // of keys and values
   float* output;           // as the query, dense
   const int32_t* lengths;  // [utterances], frames of each that are seen; null = all
+  const int64_t* starts;   // [utterances + 1], the first query of each, then `queries`; null = each has `queries`
   int64_t utterances;
   int64_t queries;
   int64_t heads;

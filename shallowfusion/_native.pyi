@@ -256,6 +256,7 @@ def frame_attention(
     dtype: int,
     output: int,
     lengths: int,
+    starts: int,
     sizes: tuple[int, int, int, int, int, int],
     scale: float,
     level: str | None,

@@ -1,7 +1,8 @@
 """Attention for beams: checks a call once and hands it to the backend that fits its tensors; transformers calls it.
 
-A pass has one batch row per utterance and its hypotheses as queries. Over slots, each query sees its own history, as
-bits of a slot table say; over frames, all queries of an utterance see the same, which is read once for all of them.
+A pass has one batch row per utterance and its hypotheses as queries, or all hypotheses of all utterances as queries of
+one batch row (`PackedRows`). Over slots, each query sees its own history, as bits of a slot table say; over frames, all
+queries of an utterance see the same, which is read once for all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from shallowfusion.config import require
 from shallowfusion.scorers.frame_attention import frame_attention_native, is_native
+from shallowfusion.scorers.packed_rows import PackedRows
 from shallowfusion.scorers.slot_tables import HEADER, WORD
 
 __all__ = ["ATTENTION", "frame_attention", "set_slot_attention", "slot_attention", "table_backend", "write_slots"]
@@ -30,7 +32,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sdpa", "triton")
 ATTENTION = "shallowfusion"  # as transformers knows it; with _triton, _sdpa or _reference behind it that backend always
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_QUERIES = 64  # beyond, a pass over frames is bound by arithmetic, and plain attention is as good
-MOST_NATIVE_ROWS = 12  # the same on the CPU, rows of one key head; measured, docs/speed.md
+MOST_NATIVE_ROWS = 12  # the same on the CPU, rows of one key head (mean); measured, docs/speed.md
 
 
 def slot_attention(
@@ -85,32 +87,35 @@ def frame_attention(
     scale: float,
     *,
     backend: FrameBackend = "auto",
+    rows: PackedRows | None = None,
 ) -> Tensor:
     """softmax(scale * query . key) over the frames [0, lengths[utterance]), times their values; none gives zeros.
 
     Price: keys and values of each utterance once per 32 to 64 rows (query, head) that share a key head (Triton), once
-    (native).
+    (native). With `rows` the native backend computes those alone; the others spread them and compute the gaps, too.
 
     Args:
-        query: [utterances, queries, heads, dim].
+        query: [utterances, queries, heads, dim]; with `rows` [1, rows, heads, dim].
         keys, values: [utterances, frames, key_heads, dim], any strides.
         lengths: int32 [utterances]; None = all frames.
         backend: as for `slot_attention`; or "native", C++ on the CPU, which "auto" takes there for few rows.
+        rows: whose queries they are, if they are laid end to end.
 
     Returns:
-        [utterances, queries, heads, dim] in the dtype of the queries.
+        As the queries, in their dtype.
 
     Raises:
         InvalidArgumentError: a shape or dtype outside this contract, or heads that the Triton backend cannot hold.
     """
     _check("frame_attention", query, keys, values, backend)
+    utterances = _num_utterances(query, rows)
     require(
-        keys.shape[0] == query.shape[0],
-        f"frame_attention: keys must be of {query.shape[0]} utterances as the queries, got {keys.shape[0]}.",
+        keys.shape[0] == utterances,
+        f"frame_attention: keys must be of {utterances} utterances as the queries, got {keys.shape[0]}.",
     )
     require(
-        lengths is None or (lengths.shape == query.shape[:1] and lengths.dtype == torch.int32),
-        f"lengths must be int32 [{query.shape[0]}] or None, got {lengths}.",
+        lengths is None or (lengths.shape == (utterances,) and lengths.dtype == torch.int32),
+        f"lengths must be int32 [{utterances}] or None, got {lengths}.",
     )
     chosen = _choose_for_frames(backend, query, keys)
     if chosen == "native":
@@ -118,7 +123,10 @@ def frame_attention(
             is_native(query, keys) and is_native(query, values),
             f"the native backend takes dense heads of a multiple of 16 up to 256 on the CPU, got {list(query.shape)}.",
         )
-        return frame_attention_native(query, keys, values, lengths, scale)
+        starts = None if rows is None else rows.starts
+        return frame_attention_native(query, keys, values, lengths, scale, starts=starts)
+    if rows is not None:
+        return rows.gathered(frame_attention(rows.spread(query), keys, values, lengths, scale, backend=backend))
     if chosen == "triton":
         from shallowfusion.kernels.beam_attention import frame_attention_triton
 
@@ -183,14 +191,23 @@ def _attend(
     *,
     backend: Backend,
     scaling: float | None = None,
+    packed_rows: PackedRows | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: [utterances, heads, queries, dim] -> [utterances, queries, heads, dim].
 
     An int32 mask is a slot table, [utterances, 1, rows, width]. Queries over frames, few and without a mask, are cross-
-    attention. All else (encoders, prompts of other callers) is as with "sdpa".
+    attention. All else (encoders, prompts of other callers) is as with "sdpa". With packed rows there is one batch row
+    of queries, while masks, keys and values are of utterances as ever.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packed_rows is not None:
+        own = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        if attention_mask is None and _choose_for_frames(backend, own[0], own[1]) == "native":
+            return frame_attention(*own, None, scale, rows=packed_rows), None
+        spread = packed_rows.spread(own[0]).transpose(1, 2)
+        attended, _ = _attend(module, spread, key, value, attention_mask, backend=backend, scaling=scaling, **options)
+        return packed_rows.gathered(attended), None
     own = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         return slot_attention(*own, attention_mask[:, 0], scale, backend=backend), None
@@ -205,6 +222,16 @@ def _attend(
         module, query, key, value, attention_mask, scaling=scaling, **options
     )
     return found
+
+
+def _num_utterances(query: Tensor, rows: PackedRows | None) -> int:
+    if rows is None:
+        return query.shape[0]
+    require(
+        query.shape[:2] == (1, len(rows.owners)),
+        f"packed queries must be [1, {len(rows.owners)}, heads, dim], got {list(query.shape)}.",
+    )
+    return rows.num_utterances
 
 
 def _check(name: str, query: Tensor, keys: Tensor, values: Tensor, backend: str) -> None:
@@ -240,8 +267,9 @@ def _choose_for_frames(backend: FrameBackend, query: Tensor, keys: Tensor) -> st
         return backend
     if backend != "auto" or query.is_cuda:
         return _choose(backend, query, keys)
-    rows = query.shape[1] * query.shape[2] // keys.shape[2]
-    return "native" if rows <= MOST_NATIVE_ROWS and is_native(query, keys) else "sdpa"
+    rows = query.shape[0] * query.shape[1] * query.shape[2]  # of all key heads, be they packed or not
+    few = rows <= MOST_NATIVE_ROWS * keys.shape[0] * keys.shape[2]
+    return "native" if few and is_native(query, keys) else "sdpa"
 
 
 @functools.cache

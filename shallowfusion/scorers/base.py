@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowfusion.scorers.attention import ATTENTION
+from shallowfusion.scorers.packed_rows import joined_numbers, row_numbers
 from shallowfusion.scorers.prefixes import KnownPrefix, Prefixes
 from shallowfusion.scorers.slots import BeamSlots, SlotPlan, decoder_cache
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["DEAD", "CachedScorer", "Context", "DecoderState", "Scorer", "joined_logits"]
+__all__ = ["DEAD", "CachedScorer", "Context", "DecoderState", "Scorer"]
 
 logger = logging.getLogger(__name__)
 
-DEAD = -2  # the token of a row that nobody looks at
+DEAD = -2  # the token of a place in [utterances, rows] where no hypothesis can be
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class ScorerState(Protocol):
 class Scorer(Protocol):
     """Scores the next token of every live hypothesis of a batch of utterances.
 
-    A state is handed only to the scorer that made it.
+    A state is handed only to the scorer that made it. Beam sizes may differ: arrays are as wide as the widest, and rows
+    are numbered without the places where no hypothesis can be.
 
-    Price: `score` is one decoder pass over utterances x beam_size tokens; `fork` and `keep` move no keys or values,
-    except that `keep` copies one utterance per utterance that left; `admit` copies those that enter.
+    Price: `score` is one decoder pass over as many tokens as the beam sizes of all utterances sum up to; `fork` and
+    `keep` move no keys or values, except that `keep` copies one utterance per utterance that left; `admit` copies those
+    that enter.
     """
 
     vocabulary: Vocabulary
@@ -70,10 +74,10 @@ class Scorer(Protocol):
     def score(self, state: Any, token_ids: np.ndarray) -> tuple[Tensor, Any]:
         """Append a token to each row, int64 [utterances, beam_size].
 
-        -1 = this row gains no token here and keeps its logits; DEAD = nor will anyone look at it.
+        -1 = this row gains no token here and keeps its logits; DEAD = it is beyond the beam of its utterance.
 
         Returns:
-            Logits of the next token, [utterances * beam_size, vocab], and the state.
+            Logits of the next token of all rows that are not DEAD, [rows, vocab], and the state.
         """
         ...
 
@@ -84,7 +88,7 @@ class Scorer(Protocol):
     def admit(self, state: Any, fresh: Any) -> Any:
         """Put the utterances of a state that `start` just made behind those of one that runs; `fresh` is used up.
 
-        Called between `score` and the next `keep` or `fork`. Rows of the new utterances but their first are dead.
+        Called between `score` and the next `keep` or `fork`. The new utterances have one row each, behind the others.
         """
         ...
 
@@ -101,7 +105,8 @@ class DecoderState:
         logits: [rows, vocab] of the latest pass.
         lengths: int64 [utterances, rows], tokens each row sees.
         histories: per utterance and row the tokens scored so far, for rows that outgrow the window.
-        forked: the row of `logits` each present row descends from; None when they are the same.
+        rows: int64 [utterances, rows], the row of `logits` each present row descends from; -1 = none.
+        computed_rows: of the latest pass, logits or not.
     """
 
     logits: Tensor
@@ -110,7 +115,8 @@ class DecoderState:
     lengths: np.ndarray
     histories: list[list[tuple[int, ...]]]
     encoder_output: Tensor | None = None
-    forked: np.ndarray | None = field(default=None, repr=False)
+    rows: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
+    computed_rows: int = 0
 
 
 class CachedScorer(ABC):
@@ -154,6 +160,7 @@ class CachedScorer(ABC):
             cache=decoder_cache(self.num_layers, self.has_cross_attention),
             lengths=np.array(lengths, dtype=np.int64)[:, None],
             histories=[[tuple(prompt)] for prompt in prompts],
+            rows=np.arange(len(prompts))[:, None],
             encoder_output=context.encoder_output,
         )
 
@@ -213,8 +220,7 @@ class CachedScorer(ABC):
         """Change what each row sees; no key, value or logit is moved."""
         state.slots.fork(parents)
         utterances = np.arange(len(parents))[:, None]
-        source = (utterances * state.lengths.shape[1] + parents).reshape(-1)
-        state.forked = source if state.forked is None else state.forked[source]
+        state.rows = state.rows[utterances, parents]
         state.lengths = state.lengths[utterances, parents]
         state.histories = [[old[k] for k in own] for old, own in zip(state.histories, parents, strict=True)]
         return state
@@ -227,15 +233,15 @@ class CachedScorer(ABC):
         for i, k in zip(*np.nonzero(advancing), strict=True):
             state.histories[i][k] += (int(token_ids[i, k]),)
         appending = advancing & ~full
+        rows = row_numbers(token_ids != DEAD)
         logits = self._append(state, token_ids, appending)
-        idle = np.flatnonzero(token_ids == -1)
-        if len(idle):
-            source = idle if state.forked is None else state.forked[idle]
-            logits[torch.from_numpy(idle)] = state.logits[torch.from_numpy(source)]
+        idle = token_ids == -1
+        if idle.any():
+            logits[torch.from_numpy(rows[idle])] = state.logits[torch.from_numpy(state.rows[idle])]
         state.lengths = state.lengths + appending
         if full.any():
-            logits = self._read_anew(state, full, logits)
-        state.logits, state.forked = logits, None
+            logits = self._read_anew(state, full, rows, logits)
+        state.logits, state.rows = logits, rows
         return logits, state
 
     @torch.inference_mode()
@@ -252,8 +258,7 @@ class CachedScorer(ABC):
         state.slots.keep(order)
         state.lengths = state.lengths[list(order)]
         state.histories = [state.histories[place] for place in order]
-        forked = np.arange(len(state.logits)) if state.forked is None else state.forked
-        state.forked = forked.reshape(-1, state.lengths.shape[1])[list(order)].reshape(-1)
+        state.rows = state.rows[list(order)]
         if state.encoder_output is not None:
             state.encoder_output = state.encoder_output[: len(order)]
         return state
@@ -265,7 +270,7 @@ class CachedScorer(ABC):
         used, held = fresh.slots.high_water(), state.slots.high_water()
         own, other = (getattr(given.cache, "self_attention_cache", given.cache) for given in (state, fresh))
         crossing = [g.cache.cross_attention_cache.layers if self.has_cross_attention else [] for g in (state, fresh)]
-        logits = joined_logits(state.logits, fresh.logits, rows)
+        logits = torch.cat([state.logits, fresh.logits])
         for layer in own.layers:  # memory first, so that nothing is half done if it is short
             layer.reserve(active, joining, max(used, held))
         for layer in crossing[0]:
@@ -277,6 +282,7 @@ class CachedScorer(ABC):
         state.slots.admit(fresh.slots, rows)
         state.lengths = np.concatenate([state.lengths, np.pad(fresh.lengths, ((0, 0), (0, rows - 1)))])
         state.histories += [[*history, *[()] * (rows - 1)] for history in fresh.histories]
+        state.rows = joined_numbers(state.rows, fresh.rows, len(state.logits))
         state.logits = logits
         if state.encoder_output is not None:  # after the first pass only its shape is looked at
             state.encoder_output = state.encoder_output[:1].expand(active + joining, -1, -1)
@@ -324,13 +330,24 @@ class CachedScorer(ABC):
         return prompt[-(self.window - 1) :]
 
     def _append(self, state: DecoderState, token_ids: np.ndarray, appending: np.ndarray) -> Tensor:
-        plan = state.slots.append(appending)
-        ids = torch.from_numpy(np.where(appending, token_ids, 0)).to(self.device)
-        positions = torch.from_numpy(np.minimum(state.lengths, self.window - 1)).to(self.device)
-        hidden = self._pass(state, ids, positions, plan)
-        return self.head(hidden.reshape(-1, hidden.shape[-1]))
+        taken = token_ids != DEAD
+        packs = self.packs_rows and not taken.all()
+        plan = state.slots.append(appending, taken if packs else None)
+        ids, positions = np.where(appending, token_ids, 0), np.minimum(state.lengths, self.window - 1)
+        if packs:
+            ids, positions = ids[taken][None], positions[taken][None]
+        state.computed_rows = ids.size
+        queries = [torch.from_numpy(own).to(self.device) for own in (ids, positions)]
+        hidden = self._pass(state, queries[0], queries[1], plan).reshape(ids.size, -1)
+        return self.head(hidden if len(hidden) == taken.sum() else hidden[torch.from_numpy(taken.reshape(-1))])
 
-    def _read_anew(self, state: DecoderState, full: np.ndarray, logits: Tensor) -> Tensor:
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a pass is over the rows of all utterances laid end to end, which the model's attention must know."""
+        implementation: str | None = self.model.config._attn_implementation
+        return implementation is not None and implementation.startswith(ATTENTION)
+
+    def _read_anew(self, state: DecoderState, full: np.ndarray, rows: np.ndarray, logits: Tensor) -> Tensor:
         """Rows that outgrew the window keep its last half as their whole context."""
         logger.info("%d rows outgrew the window of %d tokens; their last half is read anew", full.sum(), self.window)
         kept = self.window // 2
@@ -345,10 +362,10 @@ class CachedScorer(ABC):
                 span = slice(place * kept, (place + 1) * kept)
                 ids[i, span] = torch.tensor(state.histories[i][k][-kept:])
                 positions[i, span] = torch.arange(kept)
-                last.append((i, span.stop - 1, i * full.shape[1] + int(k)))
+                last.append((i, span.stop - 1, int(rows[i, k])))
         hidden = self._pass(state, ids.to(self.device), positions.to(self.device), plan)
-        utterances, queries, rows = (list(column) for column in zip(*last, strict=True))
-        logits[rows] = self.head(hidden[utterances, queries])
+        utterances, queries, changed = (list(column) for column in zip(*last, strict=True))
+        logits[changed] = self.head(hidden[utterances, queries])
         state.lengths = np.where(full, kept, state.lengths)
         return logits
 
@@ -357,8 +374,3 @@ class CachedScorer(ABC):
         for layer in own.layers:
             layer.plan = plan
         return self.hidden_states(state, ids, positions, plan)
-
-
-def joined_logits(running: Tensor, fresh: Tensor, rows: int) -> Tensor:
-    """[utterances * rows, vocab] with those of utterances that have one row yet behind them, each `rows` times."""
-    return torch.cat([running, fresh.repeat_interleave(rows, dim=0)])

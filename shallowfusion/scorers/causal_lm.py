@@ -47,6 +47,7 @@ class CausalLMScorer(CachedScorer):
             attention_mask=plan.mask_for(self.model),
             past_key_values=cache,
             use_cache=True,
+            **plan.options,
         ).last_hidden_state
         return hidden
 

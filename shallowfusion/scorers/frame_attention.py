@@ -20,7 +20,13 @@ def is_native(query: Tensor, keys: Tensor) -> bool:
 
 
 def frame_attention_native(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, scale: float, level: str | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    level: str | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """`frame_attention` of `shallowfusion.scorers.attention`, which checks shapes; dim a multiple of 16 up to 256.
 
@@ -29,8 +35,10 @@ def frame_attention_native(
 
     Args:
         level: one of `_native.fused_step_levels()`; None = the fastest.
+        starts: int64 [utterances + 1], the first query of each utterance in [1, queries, heads, dim], and behind them
+            the number of queries; None = queries are [utterances, queries, heads, dim].
     """
-    utterances, queries, heads, dim = query.shape
+    queries, heads, dim = query.shape[1:]
     output = torch.empty(query.shape)
     if not output.numel() or not keys.shape[1]:
         return output.zero_().to(query.dtype)
@@ -45,7 +53,8 @@ def frame_attention_native(
         dtype=DTYPE_CODES[keys.dtype],
         output=output.data_ptr(),
         lengths=0 if lengths is None else lengths.contiguous().data_ptr(),
-        sizes=(utterances, queries, heads, keys.shape[2], keys.shape[1], dim),
+        starts=0 if starts is None else starts.contiguous().data_ptr(),
+        sizes=(keys.shape[0], queries, heads, keys.shape[2], keys.shape[1], dim),
         scale=scale,
         level=level,
         threads=torch.get_num_threads(),

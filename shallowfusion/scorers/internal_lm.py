@@ -65,6 +65,7 @@ class InternalLMScorer(WhisperScorer):
             encoder_hidden_states=None,  # leaves the cross-attention branch out
             past_key_values=state.cache,
             use_cache=True,
+            **plan.options,
         ).last_hidden_state
         return hidden
 

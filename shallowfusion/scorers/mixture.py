@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shallowfusion.config import require
 from shallowfusion.errors import VocabularyError
-from shallowfusion.scorers.base import Context, joined_logits
+from shallowfusion.scorers.base import DEAD, Context
+from shallowfusion.scorers.packed_rows import joined_numbers, row_numbers
 
 __all__ = ["MixtureScorer", "MixtureState"]
 
@@ -28,14 +29,14 @@ class MixtureState:
         logits: [rows, vocab], log-probs of the mixture.
         log_probs: [models, rows, vocab] of the latest pass.
         log_weights: [models, utterances, rows], each row's sum of weights is 1.
-        forked: int64 [rows], the row of `log_probs` each present row descends from; None when they are the same.
+        rows: int64 [utterances, rows], the row of `log_probs` each present row descends from; -1 = none.
     """
 
     states: list[Any]
     logits: Tensor
     log_probs: Tensor
     log_weights: Tensor
-    forked: np.ndarray | None = None
+    rows: np.ndarray
 
 
 class MixtureScorer:
@@ -94,35 +95,33 @@ class MixtureScorer:
         log_probs = self._log_probs(states)
         prior = torch.tensor(self.weights, device=log_probs.device).log()
         log_weights = prior[:, None, None].expand(-1, len(context.prompts), 1).contiguous()
-        return MixtureState(states, _mixed(log_weights, log_probs), log_probs, log_weights)
+        rows = np.arange(len(context.prompts))[:, None]
+        return MixtureState(states, _mixed(log_weights[:, :, 0], log_probs), log_probs, log_weights, rows)
 
     def fork(self, state: MixtureState, parents: np.ndarray) -> MixtureState:
         """Row k of utterance u continues from its old row parents[u, k]."""
         state.states = [model.fork(own, parents) for model, own in zip(self.models, state.states, strict=True)]
         lanes = torch.from_numpy(parents).to(state.log_weights.device)
-        old_rows = state.log_weights.shape[2]
         state.log_weights = state.log_weights.gather(2, lanes[None].expand(len(self.models), -1, -1))
-        source = (np.arange(len(parents))[:, None] * old_rows + parents).reshape(-1)
-        state.forked = source if state.forked is None else state.forked[source]
+        state.rows = np.take_along_axis(state.rows, parents, axis=1)
         return state
 
     def score(self, state: MixtureState, token_ids: np.ndarray) -> tuple[Tensor, MixtureState]:
-        """Append a token to each row, int64 [utterances, rows], -1 = none."""
+        """Append a token to each row, int64 [utterances, rows], -1 = none, DEAD = nor has it logits."""
         if self.forgetting is not None:
             state.log_weights = self._followed(state, token_ids)
         pairs = zip(self.models, state.states, strict=True)
         state.states = [model.score(own, token_ids)[1] for model, own in pairs]
-        state.log_probs, state.forked = self._log_probs(state.states), None
-        state.logits = _mixed(state.log_weights, state.log_probs)
+        taken = token_ids != DEAD
+        state.log_probs, state.rows = self._log_probs(state.states), row_numbers(taken)
+        state.logits = _mixed(state.log_weights[:, torch.from_numpy(taken)], state.log_probs)
         return state.logits, state
 
     def keep(self, state: MixtureState, order: Sequence[int]) -> MixtureState:
         """Drop finished utterances."""
-        rows = state.log_weights.shape[2]
         state.states = [model.keep(own, order) for model, own in zip(self.models, state.states, strict=True)]
         state.log_weights = state.log_weights[:, list(order)]
-        forked = np.arange(state.log_probs.shape[1]) if state.forked is None else state.forked
-        state.forked = forked.reshape(-1, rows)[list(order)].reshape(-1)
+        state.rows = state.rows[list(order)]
         return state
 
     def admit(self, state: MixtureState, fresh: MixtureState) -> MixtureState:
@@ -132,9 +131,9 @@ class MixtureScorer:
         state.states = [model.admit(own, other) for model, own, other in trios]
         entering = fresh.log_weights.expand(-1, -1, rows)
         state.log_weights = torch.cat([state.log_weights, entering], dim=1)
-        state.logits = joined_logits(state.logits, fresh.logits, rows)
-        pairs = zip(state.log_probs, fresh.log_probs, strict=True)
-        state.log_probs = torch.stack([joined_logits(own, other, rows) for own, other in pairs])
+        state.rows = joined_numbers(state.rows, fresh.rows, len(state.logits))
+        state.logits = torch.cat([state.logits, fresh.logits])
+        state.log_probs = torch.cat([state.log_probs, fresh.log_probs], dim=1)
         return state
 
     def end_scores(self, state: MixtureState) -> Tensor:
@@ -146,15 +145,14 @@ class MixtureScorer:
 
     def _followed(self, state: MixtureState, token_ids: np.ndarray) -> Tensor:
         assert self.forgetting is not None
-        shape = state.log_weights.shape
-        rows = np.arange(state.log_probs.shape[1]) if state.forked is None else state.forked
-        tokens = torch.from_numpy(np.maximum(token_ids, 0).reshape(-1)).to(state.log_probs.device)
-        said = state.log_probs[:, torch.from_numpy(rows).to(tokens.device), tokens].view(shape)
+        tokens = np.maximum(token_ids, 0)
+        rows, tokens = (torch.from_numpy(own).to(state.log_probs.device) for own in (state.rows, tokens))
+        said = state.log_probs[:, rows, tokens]
         moved = torch.log_softmax(self.forgetting * state.log_weights + said, dim=0)
         advancing = torch.from_numpy(token_ids >= 0).to(moved.device)
         return torch.where(advancing[None], moved, state.log_weights)
 
 
 def _mixed(log_weights: Tensor, log_probs: Tensor) -> Tensor:
-    """[models, utterances, rows] and [models, rows, vocab] -> [rows, vocab]."""
-    return torch.logsumexp(log_weights.reshape(len(log_probs), -1, 1) + log_probs, dim=0)
+    """[models, rows] and [models, rows, vocab] -> [rows, vocab]."""
+    return torch.logsumexp(log_weights[:, :, None] + log_probs, dim=0)

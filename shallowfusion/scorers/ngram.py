@@ -17,7 +17,7 @@ from shallowfusion.errors import VocabularyError
 from shallowfusion.ngrams.model import NgramModel, NgramOrder
 from shallowfusion.ngrams.pieces import piece_bytes
 from shallowfusion.ngrams.table import NgramTable
-from shallowfusion.scorers.base import Context, joined_logits
+from shallowfusion.scorers.base import DEAD, Context
 from shallowfusion.text.vocabulary import Vocabulary
 
 __all__ = ["Lookups", "NgramScorer", "NgramState"]
@@ -134,12 +134,12 @@ class NgramScorer:
         return state
 
     def score(self, state: NgramState, token_ids: npt.NDArray[np.int64]) -> tuple[Tensor, NgramState]:
-        """Append a token to each row, -1 = none."""
+        """Append a token to each row, -1 = none; the logits are those of all rows that are not DEAD."""
         advancing = token_ids >= 0
         words = self._word_of_token[token_ids[advancing]]
         state.states = state.states.copy()
         state.states[advancing] = self.table.score(state.states[advancing], words)[1]
-        state.logits = self._logits(state.states)
+        state.logits = self._logits(state.states[token_ids != DEAD])
         return state.logits, state
 
     def keep(self, state: NgramState, order: Sequence[int]) -> NgramState:
@@ -151,7 +151,7 @@ class NgramScorer:
         """Put the utterances of a fresh state behind those of one that runs."""
         rows = state.states.shape[1]
         state.states = np.concatenate([state.states, np.repeat(fresh.states, rows, axis=1)])
-        state.logits = joined_logits(state.logits, fresh.logits, rows)
+        state.logits = torch.cat([state.logits, fresh.logits])
         return state
 
     def end_scores(self, state: NgramState) -> Tensor:

@@ -209,8 +209,8 @@ def loading_dtype(dtype: torch.dtype) -> torch.dtype:
 def prepare(model: Any, dtype: torch.dtype) -> None:
     """Change a transformers model, already on its device, in place.
 
-    On the CPU a model with cross-attention attends to frames in C++ (`set_slot_attention`), and GPT-2's activation is
-    one operation.
+    On the CPU a model attends through this package (`set_slot_attention`), so that its passes have no dead rows and
+    frames are attended to in C++; and GPT-2's activation is one operation.
 
     Args:
         dtype: torch.int8: every linear layer becomes an `Int8Linear`, the head with float32 logits, and what stays
@@ -222,8 +222,7 @@ def prepare(model: Any, dtype: torch.dtype) -> None:
     is_cpu, memory = model.device.type == "cpu", WeightMemory()
     if is_cpu:
         _simplify(model)
-        if model.config.is_encoder_decoder:
-            set_slot_attention(model)
+        set_slot_attention(model)
     if dtype == torch.int8:
         read = _of_recordings(model)
         _replace_products(

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from shallowfusion.scorers.attention import table_backend, write_slots
+from shallowfusion.scorers.packed_rows import PackedRows
 from shallowfusion.scorers.page_pool import PagePool
 from shallowfusion.scorers.slot_tables import slot_table
 
@@ -29,10 +30,11 @@ class SlotPlan:
     """Where the queries of one forward pass write and what they see; shared by all layers.
 
     Args:
-        slots: int64 [utterances, queries].
+        slots: int64 [utterances, queries]; with `rows` [rows, 1].
         visible: bool [utterances, 1, queries, slots], on any device.
         lanes: int64 [utterances], where in the cache each of them lies; None = in order, and then nothing is copied.
         table: the slot table, where somebody keeps one; of `visible` only the shape then counts. None = made of it.
+        rows: the rows of a pass [1, rows] and whose queries they are; None = the pass is [utterances, queries].
         backend: reads the slot table; None while the mask is read.
     """
 
@@ -40,11 +42,17 @@ class SlotPlan:
     visible: Tensor
     lanes: Tensor | None = None
     table: Tensor | None = None
+    rows: PackedRows | None = None
     backend: str | None = field(default=None, init=False)
 
     @property
     def num_slots(self) -> int:
         return int(self.visible.shape[-1])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the model hands through to its attention beside the mask."""
+        return {} if self.rows is None else {"packed_rows": self.rows}
 
     def mask_for(self, model: Any) -> Tensor:
         """What the model is given as its attention mask: `visible`, or the slot table if its attention reads that."""
@@ -78,19 +86,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots, used = self.plan.slots, self.plan.num_slots
-        chosen = self.plan.lanes
+        chosen, rows = self.plan.lanes, self.plan.rows
+        active = slots.shape[0] if rows is None else rows.num_utterances
         if used > self.keys.shape[1]:
-            active = slots.shape[0] if chosen is None else self.keys.shape[0]
-            self._reserve(active, active, used)
-        lanes = torch.arange(slots.shape[0], device=slots.device) if chosen is None else chosen
+            kept = active if chosen is None else self.keys.shape[0]
+            self._reserve(kept, kept, used)
+        lanes = torch.arange(active, device=slots.device) if chosen is None else chosen
         backend = self.plan.backend
         new = (key_states.transpose(1, 2), value_states.transpose(1, 2))
+        if rows is not None:
+            new, lanes = (new[0].transpose(0, 1), new[1].transpose(0, 1)), rows.owners  # [rows, 1, heads, head_dim]
         write_slots(*new, self.keys, self.values, slots, lanes, backend or "sdpa")
         if backend is not None:  # the table says where in the whole of it to look
             return self.keys.transpose(1, 2), self.values.transpose(1, 2)
         if chosen is not None:
             return self.keys[chosen, :used].transpose(1, 2), self.values[chosen, :used].transpose(1, 2)
-        active = slots.shape[0]
         return self.keys[:active, :used].transpose(1, 2), self.values[:active, :used].transpose(1, 2)
 
     def keep(self, moves: Sequence[tuple[int, int]], used: int) -> None:
@@ -286,15 +296,20 @@ class BeamSlots:
         for i, pool in enumerate(self._pools):
             self._rows[i] = pool.reorder(self._rows[i], parents[i])
 
-    def append(self, advancing: np.ndarray) -> SlotPlan:
-        """Plan of a pass with one query per row; rows that do not advance write where nobody looks."""
+    def append(self, advancing: np.ndarray, packed: np.ndarray | None = None) -> SlotPlan:
+        """Plan of a pass with one query per row; rows that do not advance write where nobody looks.
+
+        Args:
+            advancing: bool [utterances, rows].
+            packed: bool likewise, the rows that the pass is over, laid end to end; None = all, utterance by utterance.
+        """
         scratch = 0
         slots = np.full(advancing.shape, -1, dtype=np.int64)
         for i, (pool, rows) in enumerate(zip(self._pools, self._rows, strict=True)):
             chosen = np.flatnonzero(advancing[i])
             slots[i, chosen] = pool.append_each(rows[chosen])
             scratch = max(scratch, pool.high_water)
-        idle = slots < 0
+        idle = slots < 0 if packed is None else packed & (slots < 0)
         width = scratch + int(idle.any())
         slots[idle] = scratch
         visible = np.zeros((*advancing.shape, width), dtype=bool)
@@ -303,7 +318,11 @@ class BeamSlots:
             visible[i, :, : seen.shape[1]] = seen
         if idle.any():
             visible[idle, scratch] = True  # a query that sees nothing would be NaN
-        return self._plan(torch.from_numpy(slots), torch.from_numpy(visible))
+        if packed is None:
+            return self._plan(torch.from_numpy(slots), torch.from_numpy(visible))
+        plan = self._plan(torch.from_numpy(slots[packed][:, None]), torch.from_numpy(visible))
+        plan.rows = PackedRows.of(packed, self._device)
+        return plan
 
     def restart(self, lengths: np.ndarray) -> SlotPlan:
         """Rows of length > 0 forget their history; plan of a pass over that many fresh tokens of each, laid end to end.

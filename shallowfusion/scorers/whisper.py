@@ -48,6 +48,7 @@ class WhisperScorer(CachedScorer):
             encoder_hidden_states=state.encoder_output,
             past_key_values=state.cache,
             use_cache=True,
+            **plan.options,
         ).last_hidden_state
         return hidden
 

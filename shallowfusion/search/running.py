@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from shallowfusion.scorers.base import DEAD, Context, Scorer
@@ -29,41 +30,49 @@ Array = npt.NDArray[Any]
 class ModelBatch:
     """All running utterances of one model: one pass per step serves every cohort that has a seat here.
 
-    An utterance has a place; where the batch has more rows per utterance than a beam needs, the others are dead.
+    An utterance has a place, and as many rows of the latest logits as its beam is wide, side by side.
     """
 
     def __init__(self, scorer: Scorer, name: str) -> None:
         self.scorer = scorer
         self.name = name
         self.state: Any = None
-        self.size = 0
-        self.rows = 1  # per utterance, in the latest logits
+        self.first_rows: Array = np.zeros(0, dtype=np.int64)  # of each place, in the latest logits
         self.seats: list[Seat] = []
 
     def admit(self, fresh: Any, count: int) -> Array:
         """Places of `count` utterances that join."""
-        self.state = fresh if self.size == 0 else self.scorer.admit(self.state, fresh)
-        if self.size == 0:
-            self.rows = 1
-        self.size += count
+        behind = len(self.state.logits) if self.size else 0
+        self.state = self.scorer.admit(self.state, fresh) if self.size else fresh
+        self.first_rows = np.concatenate([self.first_rows, behind + np.arange(count)])
         return np.arange(self.size - count, self.size)
 
-    def logits(self, places: Array, lanes: int) -> Tensor:
-        """[places * lanes, vocab]; a view where the rows lie side by side."""
+    @property
+    def size(self) -> int:
+        """Utterances that run here."""
+        return len(self.first_rows)
+
+    @property
+    def computed_rows(self) -> int:
+        """Of the latest pass; more than it has logits if the model cannot do without dead rows."""
+        return max(len(self.state.logits), getattr(self.state, "computed_rows", 0))
+
+    def rows(self, places: Array, lanes: int) -> Array:
+        """Numbers of the rows of utterances with that many each."""
+        numbers: Array = (self.first_rows[places][:, None] + np.arange(lanes)).reshape(-1)
+        return numbers
+
+    def logits(self, rows: Array) -> Tensor:
+        """[rows, vocab]; a view where they lie side by side."""
         own: Tensor = self.state.logits
-        if _is_run(places) and lanes == self.rows:
-            return own[int(places[0]) * lanes : (int(places[-1]) + 1) * lanes]
-        if len(places) == 1:
-            first = int(places[0]) * self.rows
-            return own[first : first + lanes]
-        rows = places[:, None] * self.rows + np.arange(lanes)
-        return own[rows.reshape(-1)]
+        return own[int(rows[0]) : int(rows[-1]) + 1] if _is_run(rows) else own[torch.from_numpy(rows)]
 
     def advance(self) -> None:
         """Drop the places nobody goes on in, and let the model read the new tokens of all others."""
         self.seats = [seat for seat in self.seats if len(seat.cohort.order)]
         kept = sorted(int(place) for seat in self.seats for place in seat.places[seat.cohort.order])
-        size, self.size = self.size, len(kept)
+        size = self.size
+        self.first_rows = self.first_rows[: len(kept)]
         if not kept:  # every slot is given back before the state goes
             self.scorer.keep(self.state, [])
             self.state = None
@@ -74,17 +83,18 @@ class ModelBatch:
         new_place = np.full(size, -1, dtype=np.int64)
         new_place[order] = np.arange(len(order))
         width = max(seat.cohort.beam_size for seat in self.seats)
-        parents = np.zeros((len(kept), width), dtype=np.int64)
+        lanes, parents = np.zeros(len(kept), dtype=np.int64), np.zeros((len(kept), width), dtype=np.int64)
         tokens = np.full((len(kept), width), DEAD, dtype=np.int64)
         for seat in self.seats:
             cohort = seat.cohort
             seat.places = new_place[seat.places[cohort.order]]
+            lanes[seat.places] = cohort.beam_size
             parents[seat.places, : cohort.beam_size] = cohort.moved.parents[cohort.order]
             tokens[seat.places, : cohort.beam_size] = cohort.rows.own_ids(
                 cohort.moved.tokens[cohort.order], seat.source
             )
         _, self.state = self.scorer.score(self.scorer.fork(self.state, parents), tokens)
-        self.rows = width
+        self.first_rows = lanes.cumsum() - lanes
 
 
 @dataclass(eq=False)
@@ -129,23 +139,21 @@ class Cohort:
 
     def is_beside(self, other: Cohort) -> bool:
         """Whether the other's rows follow on its own in every model, so that one view shows both."""
-        lanes = self.rows.totals.shape[1]
         return all(
-            own.batch is their.batch
-            and own.batch.rows == lanes
-            and _is_run(own.places)
-            and _is_run(their.places)
-            and int(own.places[-1]) + 1 == int(their.places[0])
+            own.batch is their.batch and _is_run(np.concatenate([self.rows_of(own), other.rows_of(their)]))
             for own, their in zip(self.seats, other.seats, strict=True)
         )
+
+    def rows_of(self, seat: Seat) -> Array:
+        """Numbers of its rows in the logits of a model."""
+        return seat.batch.rows(seat.places, self.rows.totals.shape[1])
 
     @property
     def num_live_rows(self) -> int:
         return int((self.rows.totals > -np.inf).sum())
 
     def call(self) -> StepCall:
-        lanes = self.rows.totals.shape[1]
-        return self.rows.call([seat.batch.logits(seat.places, lanes) for seat in self.seats], self.step)
+        return self.rows.call([seat.batch.logits(self.rows_of(seat)) for seat in self.seats], self.step)
 
     def advance(self, found: CandidateArrays) -> None:
         """Let the beams take the candidates, and find out who goes on."""
@@ -173,15 +181,12 @@ class RunningSearches:
     Args:
         clock: stages of the work, and counts: "row_steps" that models computed for utterances that run, "live_rows"
             among them, both of the first source.
-        width_of: utterances share a pass if this says the same of their beam sizes; in a pass every utterance has as
-            many rows as the widest.
     """
 
-    def __init__(self, clock: StageClock, width_of: Callable[[int], int] = lambda beam_size: 0) -> None:
+    def __init__(self, clock: StageClock) -> None:
         self.clock = clock
         self.cohorts: list[Cohort] = []
-        self._width_of = width_of
-        self._batches: dict[tuple[Scorer, int], ModelBatch] = {}
+        self._batches: dict[Scorer, ModelBatch] = {}
 
     @property
     def num_running(self) -> int:
@@ -225,12 +230,11 @@ class RunningSearches:
         return cohort
 
     def _seat(self, cohort: Cohort, scorers: Sequence[Scorer], fresh: Sequence[Any], names: Sequence[str]) -> None:
-        width, count = self._width_of(cohort.beam_size), len(cohort.active)
         for i, (scorer, state, name) in enumerate(zip(scorers, fresh, names, strict=True)):
-            batch = self._batches.get((scorer, width)) or ModelBatch(scorer, name)
+            batch = self._batches.get(scorer) or ModelBatch(scorer, name)
             with self.clock(name):
-                seat = Seat(cohort, i, batch, batch.admit(state, count))
-            self._batches[scorer, width] = batch
+                seat = Seat(cohort, i, batch, batch.admit(state, len(cohort.active)))
+            self._batches[scorer] = batch
             batch.seats.append(seat)
             cohort.seats.append(seat)
 
@@ -245,13 +249,13 @@ class RunningSearches:
         for batch in self._batches.values():
             with self.clock(batch.name):
                 batch.advance()
-        self._batches = {key: batch for key, batch in self._batches.items() if batch.size}
+        self._batches = {scorer: batch for scorer, batch in self._batches.items() if batch.size}
         self.cohorts = [cohort for cohort in ran if len(cohort.active)]
         for cohort in self.cohorts:
             cohort.rows.keep(cohort.order)
-            batch = cohort.seats[0].batch
-            self.clock.counts["row_steps"] += batch.rows * len(cohort.active)
             self.clock.counts["live_rows"] += cohort.num_live_rows
+        for batch in {cohort.seats[0].batch for cohort in self.cohorts}:
+            self.clock.counts["row_steps"] += batch.computed_rows
         return ran
 
     def _candidates(self) -> list[CandidateArrays]:
@@ -273,7 +277,7 @@ class RunningSearches:
         found: dict[int, CandidateArrays] = {}
         for group in groups:
             together = [calls[i] for i in group]
-            sources = None if len(group) == 1 else _logits_of([self.cohorts[i] for i in group], together[0].beam_size)
+            sources = None if len(group) == 1 else _logits_of([self.cohorts[i] for i in group])
             found.update(zip(group, run_together(together, sources), strict=True))
         self.clock.counts["fused_steps"] += len(groups)
         return [cohort.rows.survivors(found[i]) for i, cohort in enumerate(self.cohorts)]
@@ -284,11 +288,11 @@ class RunningSearches:
         return not self._batches and not self.cohorts
 
 
-def _is_run(places: Array) -> bool:
-    return int(places[-1]) - int(places[0]) == len(places) - 1 and bool((np.diff(places) == 1).all())
+def _is_run(rows: Array) -> bool:
+    return int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all())
 
 
-def _logits_of(cohorts: Sequence[Cohort], lanes: int) -> list[Tensor]:
+def _logits_of(cohorts: Sequence[Cohort]) -> list[Tensor]:
     """Views of the logits of cohorts that lie side by side, per source."""
     columns = zip(*(cohort.seats for cohort in cohorts), strict=True)
-    return [seats[0].batch.logits(np.concatenate([seat.places for seat in seats]), lanes) for seats in columns]
+    return [seats[0].batch.logits(np.concatenate([seat.cohort.rows_of(seat) for seat in seats])) for seats in columns]

@@ -1,4 +1,6 @@
 // Random calls of attention over frames and of int8 and tile products: memory, threads and levels.
+#include <algorithm>
+
 #include "frame_attention.h"
 #include "fuzz.h"
 #include "int8_product.h"
@@ -53,6 +55,12 @@ bool fuzz_attention() {
   call.values = {reinterpret_cast<const char*>(values.data()), frames * key_heads * dim, frame_stride, head_stride};
   call.dtype = Dtype::float32;
   call.lengths = one_in(2) ? lengths.data() : nullptr;
+  std::vector<int64_t> starts(static_cast<size_t>(utterances) + 1);  // of as many queries as one utterance has else
+  for (int64_t& start : starts) start = draw(0, static_cast<int>(queries));
+  std::sort(starts.begin(), starts.end());
+  starts.front() = 0;
+  starts.back() = queries;
+  if (one_in(2)) call.starts = starts.data();
   call.utterances = utterances;
   call.queries = queries;
   call.heads = heads;

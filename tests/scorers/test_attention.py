@@ -18,6 +18,7 @@ from shallowfusion.scorers.attention import (
 )
 from shallowfusion.scorers.base import Context
 from shallowfusion.scorers.causal_lm import CausalLMScorer
+from shallowfusion.scorers.packed_rows import PackedRows
 from shallowfusion.scorers.token_tree import TokenTree
 from shallowfusion.scorers.whisper import WhisperScorer
 from tests.kernels.attention_cases import Sizes, assert_in_budget, exact_slots, frame_call, slot_call
@@ -62,6 +63,30 @@ def test_backends_agree_over_frames(backend: str, with_lengths: bool) -> None:
     exact = frame_attention(*(part.double().float() for part in call), lengths, 0.25, backend="reference")
     torch.testing.assert_close(found, exact, atol=2e-6, rtol=0)
     assert not with_lengths or not found[1].any()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "native"])
+def test_rows_laid_end_to_end_are_attended_to_as_in_utterances_of_their_own(backend: str) -> None:
+    if backend == "native" and DEVICE.type == "cuda":
+        pytest.skip("is for the CPU")
+    call, taken = frame_call(SIZES, 90), np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 1, 0]], dtype=bool)
+    query, keys, values, lengths = (part.to(DEVICE) for part in call)
+    rows = PackedRows.of(taken, DEVICE)
+    found = frame_attention(rows.gathered(query), keys, values, lengths, 0.25, backend=backend, rows=rows)
+    wanted = rows.gathered(frame_attention(query, keys, values, lengths, 0.25, backend="reference"))
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=0)
+    with pytest.raises(InvalidArgumentError, match=r"packed queries must be \[1, 9, heads, dim\]"):
+        frame_attention(query, keys, values, lengths, 0.25, rows=rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beams_of_several_sizes_equal_uncached_ones(backend: Backend) -> None:
+    states = random_encoder_output(tiny_whisper(3), 3).to(DEVICE)
+    prompts = [[START, NO_TIMESTAMPS]] * 3
+    run_random_search(whisper(3, backend), prompts, states, seed=3, uncached=whisper(3, None), steps=5, beams=[1, 5, 2])
+    scorer = lm(4, backend, positions=8)  # some outgrow their window
+    prompts = [scorer.prompt(), scorer.prompt([3] * 4), scorer.prompt()]
+    run_random_search(scorer, prompts, None, seed=4, uncached=lm(4, None, positions=8), steps=7, beams=[3, 1, 4])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,7 +137,9 @@ def test_grouped_heads_and_rotary_positions_equal_uncached_ones(kind: str, heads
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().to(DEVICE)
     scorer = CausalLMScorer(model, vocabulary(41, END, kind))
     set_slot_attention(model, "triton")
-    run_random_search(scorer, [scorer.prompt(), scorer.prompt([1, 2, 3])], None, seed=3, steps=6)
+    prompts = [scorer.prompt(), scorer.prompt([1, 2, 3])]
+    run_random_search(scorer, prompts, None, seed=3, steps=6)
+    run_random_search(scorer, prompts, None, seed=4, steps=3, beams=[2, 3])
 
 
 def test_trees_of_tokens_read_tables_too() -> None:

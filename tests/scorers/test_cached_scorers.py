@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
-from shallowfusion.scorers.base import CachedScorer, Context
+from shallowfusion.scorers.attention import ATTENTION
+from shallowfusion.scorers.base import DEAD, CachedScorer, Context
 from shallowfusion.scorers.causal_lm import CausalLMScorer
 from shallowfusion.scorers.slots import moves_to_front
 from tests.tiny import END, NO_TIMESTAMPS, START, random_encoder_output, tiny_lm, tiny_whisper, vocabulary
@@ -65,19 +68,22 @@ def run_random_search(
     *,
     uncached: CachedScorer | None = None,
     steps: int = STEPS,
+    beams: Sequence[int] = (),
 ) -> None:
-    """`uncached` is read from the beginning each time; None = the same model."""
+    """`uncached` is read from the beginning each time; None = the same model. `beams` of each; () = one for all."""
     rng = np.random.default_rng(seed)
-    beam = int(rng.integers(1, 6))
+    own_beams = np.array(beams or [int(rng.integers(1, 6))] * len(prompts))
+    beam = int(own_beams.max())
     slow = Uncached(uncached or scorer, prompts, states)
     state = scorer.start(Context(prompts, beam, steps, states))
     torch.testing.assert_close(torch.log_softmax(state.logits, -1), slow.log_probs(), atol=1e-4, rtol=0)
     rows, utterances = 1, len(prompts)
     for step in range(steps):
-        parents = rng.integers(0, rows, (utterances, beam))
+        parents = rng.integers(0, np.minimum(rows, own_beams)[:, None], (utterances, beam))
         tokens = rng.integers(0, 40, (utterances, beam))
         if states is None:
             tokens[rng.random(tokens.shape) < 0.15] = -1  # a token the language model does not know
+        tokens[np.arange(beam) >= own_beams[:, None]] = DEAD
         state = scorer.fork(state, parents)
         slow.fork(parents)
         if step % 4 == 2 and utterances > 1:
@@ -85,13 +91,14 @@ def run_random_search(
             _, order = moves_to_front(kept)
             state = scorer.keep(state, order)
             slow.keep(order)
-            tokens, utterances = tokens[order], utterances - 1
+            tokens, own_beams, utterances = tokens[order], own_beams[order], utterances - 1
         logits, state = scorer.score(state, tokens)
         slow.append(tokens)
         rows = beam
-        torch.testing.assert_close(torch.log_softmax(logits, -1), slow.log_probs(), atol=1e-4, rtol=0)
-        ends = scorer.end_scores(state)
-        torch.testing.assert_close(ends, slow.log_probs()[:, END], atol=1e-4, rtol=0)
+        wanted = slow.log_probs()[torch.from_numpy(tokens.reshape(-1) != DEAD)]
+        torch.testing.assert_close(torch.log_softmax(logits, -1), wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(scorer.end_scores(state), wanted[:, END], atol=1e-4, rtol=0)
+        assert state.computed_rows == (own_beams.sum() if scorer.packs_rows else utterances * beam)
 
 
 @pytest.mark.parametrize("utterances", range(1, 9))
@@ -109,6 +116,19 @@ def test_lm_scores_equal_uncached_ones(utterances: int) -> None:
     rng = np.random.default_rng(utterances)
     prompts = [scorer.prompt(rng.integers(0, 40, rng.integers(0, 9)).tolist()) for _ in range(utterances)]
     run_random_search(scorer, prompts, None, seed=utterances)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", ATTENTION])
+@pytest.mark.parametrize("beams", [[1, 4, 2, 4], [3, 1, 1, 2], [2, 2, 2, 1]], ids=str)
+def test_beams_of_several_sizes_equal_uncached_ones(beams: list[int], attention: str) -> None:
+    model, lm = tiny_whisper(3), tiny_lm(3, positions=12)
+    for scorer in (model.scorer, lm):
+        scorer.model.set_attn_implementation(attention)
+    assert lm.packs_rows == (attention == ATTENTION)
+    run_random_search(
+        model.scorer, [[START, NO_TIMESTAMPS]] * 4, random_encoder_output(model, 4), sum(beams), beams=beams
+    )
+    run_random_search(lm, [lm.prompt([3] * i) for i in range(4)], None, sum(beams), beams=beams)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -79,6 +79,38 @@ def test_random_shapes_lengths_and_layouts(
     assert not plain[lengths == 0].any()
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    beams=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (4, 4), (6, 3)]),
+    level=st.sampled_from(LEVELS),
+    threads=st.integers(1, 3),
+    with_lengths=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_queries_laid_end_to_end_are_as_those_of_each_utterance_alone(
+    seed: int, beams: list[int], heads: tuple[int, int], level: str, threads: int, with_lengths: bool
+) -> None:
+    _, keys, values = call(seed, len(beams), 1, heads, 37, 32, torch.float32)
+    lengths = None
+    if with_lengths:
+        lengths = torch.from_numpy(np.random.default_rng(seed).integers(0, 38, len(beams)).astype(np.int32))
+    packed = torch.randn(heads[0], sum(beams), 32).transpose(0, 1)[None]  # as a model leaves it
+    starts = torch.tensor([0, *beams]).cumsum(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = frame_attention_native(packed, keys, values, lengths, 0.3, level, starts)
+    finally:
+        torch.set_num_threads(before)
+    assert found.shape == packed.shape
+    for u, (first, last) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        own = slice(u, u + 1)
+        length = None if lengths is None else lengths[own]
+        alone = frame_attention_native(packed[:, first:last], keys[own], values[own], length, 0.3, level)
+        assert torch.equal(found[:, first:last], alone)
+
+
 def test_an_utterance_does_not_depend_on_its_neighbours() -> None:
     query, keys, values = call(2, 3, 5, (4, 4), 40, 32, torch.float32)
     keys[1, 7, 2, 3] = float("nan")
@@ -130,16 +162,23 @@ def test_the_front_refuses_what_the_core_cannot_hold() -> None:
         ({"level": "sse9"}, "level must be one"),
         ({"keys": 0}, "keys must be aligned"),
         ({"query": 2}, "query must be aligned"),
+        ({"starts": 4}, "starts must be aligned"),
+        ({"starts": [1, 1]}, "starts must ascend"),
+        ({"starts": [0, 2]}, "starts must ascend"),
+        ({"starts": [0, 2, 1], "sizes": (2, 1, 2, 2, 4, 16)}, "starts must ascend"),
     ],
     ids=str,
 )
 def test_the_border_checks_what_it_is_given(change: dict[str, object], message: str) -> None:
     memory = torch.zeros(1024)
+    if isinstance(change.get("starts"), list):
+        numbers = torch.tensor(change["starts"])
+        change = {**change, "starts": numbers.data_ptr()}
     arguments: dict[str, object] = {
         "query": memory.data_ptr(), "query_strides": (32, 32, 16), "keys": memory.data_ptr(),
         "key_strides": (128, 32, 16), "values": memory.data_ptr(), "value_strides": (128, 32, 16), "dtype": 0,
-        "output": memory.data_ptr(), "lengths": 0, "sizes": (1, 1, 2, 2, 4, 16), "scale": 0.3, "level": None,
-        "threads": 1,
+        "output": memory.data_ptr(), "lengths": 0, "starts": 0, "sizes": (1, 1, 2, 2, 4, 16), "scale": 0.3,
+        "level": None, "threads": 1,
     }  # fmt: skip
     _native.frame_attention(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ import torch
 from shallowfusion import fusion
 from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError, VocabularyError
-from shallowfusion.scorers.base import Context
+from shallowfusion.scorers.base import DEAD, Context
 from shallowfusion.scorers.mixture import MixtureScorer
 from tests.tiny import END, random_encoder_output, tiny_lm, tiny_whisper
 
@@ -31,6 +31,23 @@ def uncached(models: list, priors: tuple[float, ...], text: list[int], forgettin
             said = torch.stack([row[place, token] for row in rows])
             log_weights = torch.log_softmax(forgetting * log_weights + said, dim=0)
     return torch.logsumexp(torch.stack([w + row[-1] for w, row in zip(log_weights, rows, strict=True)]), dim=0)
+
+
+@pytest.mark.parametrize("forgetting", [None, 0.9])
+def test_beams_of_several_sizes_score_as_alone(forgetting: float | None) -> None:
+    models = [tiny_lm(1), tiny_lm(2)]
+    scorer = MixtureScorer(models, PRIORS, forgetting)
+    state = scorer.start(Context([[]], 2, 8))
+    state = scorer.fork(state, np.array([[0, 0]]))
+    _, state = scorer.score(state, np.array([[3, 4]]))
+    state = scorer.admit(state, scorer.start(Context([[]], 1, 8)))
+    state = scorer.fork(state, np.array([[1, 0], [0, 0]]))
+    _, state = scorer.score(state, np.array([[5, 6], [7, DEAD]]))
+    state = scorer.admit(state, scorer.start(Context([[], []], 1, 8)))
+    state = scorer.fork(scorer.keep(state, [0, 1, 3]), np.array([[1, 0], [0, 0], [0, 0]]))
+    logits, state = scorer.score(state, np.array([[8, 9], [1, DEAD], [2, DEAD]]))
+    wanted = [uncached(models, PRIORS, text, forgetting) for text in ([3, 6, 8], [4, 5, 9], [7, 1], [2])]
+    torch.testing.assert_close(logits, torch.stack(wanted), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("forgetting", [None, 0.9, 1.0])

@@ -9,18 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowfusion import DecodingOptions, FusionDecoder
+from shallowfusion.scorers import attention
+from shallowfusion.scorers.attention import set_slot_attention
 from shallowfusion.scorers.slots import roomy
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.running import Cohort, RunningSearches
+from tests.shipped import ASR, MEDICAL, clip
 from tests.tiny import random_encoder_output, tiny_decoder
 
-MODEL = tiny_decoder(1)
+MODEL, PACKED = tiny_decoder(1), tiny_decoder(1)
+for scorer in (PACKED.acoustic.scorer, *PACKED.language_models):
+    set_slot_attention(scorer.model)
 STATES = random_encoder_output(MODEL.acoustic, 10)
 BASE = {"suppress_blank": False, "suppress_tokens": None, "max_new_tokens": 12}
 
 
-def admitted(running: RunningSearches, encoded: torch.Tensor, **options: object) -> Cohort:
-    own = MODEL.sources(encoded, DecodingOptions.of(**{**BASE, **options}))
+def admitted(
+    running: RunningSearches, encoded: torch.Tensor, model: FusionDecoder = MODEL, **options: object
+) -> Cohort:
+    own = model.sources(encoded, DecodingOptions.of(**{**BASE, **options}))
     return running.admit(own.scorers, own.contexts, own.names, own.plan, own.late)
 
 
@@ -40,11 +47,11 @@ def assert_as_alone(cohort: Cohort, encoded: torch.Tensor, **options: object) ->
         assert [total for _, total in found] == pytest.approx(totals, abs=1e-4)
 
 
-@pytest.mark.parametrize("width_of", [lambda beam: 0, lambda beam: beam], ids=["padded", "apart"])
+@pytest.mark.parametrize("model", [MODEL, PACKED], ids=["padded", "packed"])
 @given(data=st.data())
 @settings(max_examples=40)
-def test_cohorts_that_enter_at_any_step_find_what_they_find_alone(width_of, data: st.DataObject) -> None:
-    running, cohorts = RunningSearches(StageClock(), width_of), []
+def test_cohorts_that_enter_at_any_step_find_what_they_find_alone(model: FusionDecoder, data: st.DataObject) -> None:
+    running, cohorts = RunningSearches(StageClock()), []
     for _ in range(data.draw(st.integers(1, 5))):
         first, count = data.draw(st.integers(0, 7)), data.draw(st.integers(1, 3))
         options = {
@@ -54,7 +61,7 @@ def test_cohorts_that_enter_at_any_step_find_what_they_find_alone(width_of, data
             "stop_rule": data.draw(st.sampled_from(["hf", "whisper", "espnet"])),
         }
         encoded = STATES[first : first + count]
-        cohorts.append((admitted(running, encoded, **options), encoded, options))
+        cohorts.append((admitted(running, encoded, model, **options), encoded, options))
         for _ in range(data.draw(st.integers(0, 6))):
             running.step()
     while running.num_running:
@@ -130,15 +137,16 @@ def test_room_grows_in_few_steps_and_wastes_at_most_a_quarter() -> None:
     assert len(set(sizes)) < 45
 
 
-def test_rows_of_living_hypotheses_are_counted() -> None:
+@pytest.mark.parametrize(("model", "together"), [(MODEL, 12), (PACKED, 9)], ids=["padded", "packed"])
+def test_rows_of_living_hypotheses_are_counted(model: FusionDecoder, together: int) -> None:
     clock = StageClock()
     running = RunningSearches(clock)
-    admitted(running, STATES[:2], beam_size=4, min_new_tokens=9)
+    admitted(running, STATES[:2], model, beam_size=4, min_new_tokens=9)
     running.step()
     assert clock.counts["row_steps"] == clock.counts["live_rows"] == 8
-    admitted(running, STATES[2:3], beam_size=1, min_new_tokens=9)
+    admitted(running, STATES[2:3], model, beam_size=1, min_new_tokens=9)
     running.step()
-    assert clock.counts["row_steps"] == 8 + 12
+    assert clock.counts["row_steps"] == 8 + together
     assert clock.counts["live_rows"] == 8 + 9
 
 
@@ -172,6 +180,38 @@ def test_orders_of_places_stay_distinct_when_many_come_and_go() -> None:
         running.step()
     for cohort, encoded, options in cohorts:
         assert_as_alone(cohort, encoded, **options)
+
+
+def test_shipped_models_hear_the_same_beside_other_beam_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    native = attention.frame_attention_native
+    monkeypatch.setattr(
+        attention, "frame_attention_native", lambda *a, **k: (asked.append(k["starts"] is not None), native(*a, **k))[1]
+    )
+    decoder = FusionDecoder.from_pretrained(ASR, MEDICAL, device="cpu")
+    beams = (1, 5, 3)
+    with decoder.session(max_utterances=3, encoder_batch=3) as session:
+        futures = [session.submit(clip(i), beam_size=beam, lm_weight=0.4) for i, beam in enumerate(beams)]
+    assert set(asked) == {True, False}  # rows laid end to end, and prompts
+    assert session.statistics().efficiency > 0.9
+    for i, (beam, future) in enumerate(zip(beams, futures, strict=True)):
+        (wanted,) = decoder.transcribe([clip(i)], beam_size=beam, lm_weight=0.4)
+        assert future.result().best.token_ids == wanted.best.token_ids
+        assert future.result().best.total == pytest.approx(wanted.best.total, abs=1e-4)
+
+
+def test_equal_beams_share_a_fused_step_beside_a_wider_one() -> None:
+    clock = StageClock()
+    running = RunningSearches(clock)
+    cohorts = [(admitted(running, STATES[i : i + 1], beam_size=beam), i, beam) for i, beam in enumerate((2, 2, 4))]
+    running.step()
+    before = clock.counts["fused_steps"]
+    running.step()
+    assert clock.counts["fused_steps"] == before + 2
+    while running.num_running:
+        running.step()
+    for cohort, i, beam in cohorts:
+        assert_as_alone(cohort, STATES[i : i + 1], beam_size=beam)
 
 
 def test_cohorts_share_a_fused_step_where_their_rows_lie_side_by_side() -> None:
