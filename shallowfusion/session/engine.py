@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from shallowfusion.ctc.joint import CtcFrames
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.footprint import bytes_together
 from shallowfusion.scorers.loading import AcousticModel
@@ -162,7 +163,9 @@ class SessionEngine:
         before, counted = dict(self.clock.seconds), dict(self.clock.counts)
         try:
             encoded = torch.stack([received(job.encoded, job.done) for job in jobs if job.encoded is not None])
-            own = first.planner.sources(encoded, first.options, self.clock, [job.seconds for job in jobs])
+            heard = CtcFrames.together([job.frames for job in jobs if job.frames is not None]) if first.ctc else None
+            lengths = [job.seconds for job in jobs]
+            own = first.planner.sources(encoded, first.options, self.clock, lengths, heard)
             cohort = self._running.admit(own.scorers, own.contexts, own.names, own.plan, own.late)
         except Exception as error:
             if len(jobs) > 1:
@@ -181,6 +184,7 @@ class SessionEngine:
             stages = _added(costs, {} if job.prior else job.costs)
             job.timing = Timing(stages, 0.0, {name: number for name, number in counts.items() if number})
             job.encoded = job.encoded if looks_back or job.second is not None else None
+            job.frames = job.frames if job.second is not None else None
         self._jobs[cohort] = list(jobs)
         return []
 
