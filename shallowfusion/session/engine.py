@@ -107,12 +107,12 @@ class SessionEngine:
 
     def dismiss(self, job: Job) -> None:
         """End a job that has no result: it failed, or was cancelled."""
-        if job.error is not None and job.fail(job.error):
-            self.num_failed += 1
-            return
-        if job.error is None:
-            job.future.set_running_or_notify_cancel()
-        self.num_cancelled += 1
+        is_wanted = job.future.set_running_or_notify_cancel()
+        if is_wanted and job.error is not None:
+            self.num_failed += 1  # before anybody sees it: whoever has an answer finds it counted
+            job.future.set_exception(job.error)
+        else:
+            self.num_cancelled += 1
 
     def step(self) -> None:
         """One token for all; results go out, and cancelled jobs are dropped."""
@@ -207,8 +207,9 @@ class SessionEngine:
         self._forget(cohort, place)
 
     def _hand_out(self, job: Job, result: Transcription) -> None:
-        if job.finish(result):
+        if job.future.set_running_or_notify_cancel():
             self.num_finished += 1
+            job.future.set_result(result)
         else:
             self.num_cancelled += 1
 

@@ -193,13 +193,6 @@ class Job:
             self.seconds, self.features = encoded.seconds, None
             self.frames = encoded.frames or self.frames
 
-    def finish(self, result: Transcription) -> bool:
-        """Give the result to whoever waits; False if it was cancelled in the meantime."""
-        is_wanted = self.future.set_running_or_notify_cancel()
-        if is_wanted:
-            self.future.set_result(result)
-        return is_wanted
-
     def fail(self, error: BaseException) -> bool:
         """Give the error to whoever waits; False if it was cancelled in the meantime."""
         is_wanted = self.future.set_running_or_notify_cancel()
