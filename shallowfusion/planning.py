@@ -229,7 +229,7 @@ class SearchPlanner:
         if plan.rule.subtracts_last and isinstance(self.language_models[-1], CausalLMScorer):
             last = self.language_models[-1]
             found["ilm", "source_lm"] = Demand(len(last.prompt()) + new, slot_bytes(last.model))
-        return {**found, **joint_demand(self.acoustic, options, self.joint)}
+        return {**found, **joint_demand(self.acoustic, options, plan, self.joint)}
 
     def _domain_ids(self, model: Any, options: DecodingOptions) -> list[int]:
         """The domain prompt as tokens of a language model that shares the acoustic model's."""

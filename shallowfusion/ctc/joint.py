@@ -173,17 +173,21 @@ def check_rate(model: CtcModel, acoustic: AcousticModel) -> None:
     )
 
 
-def joint_demand(acoustic: AcousticModel, options: DecodingOptions, joint: JointCtc | None) -> dict[Hashable, Demand]:
-    """What CTC scores of one utterance may come to need beside the models' keys and values, by who heard it."""
+def joint_demand(
+    acoustic: AcousticModel, options: DecodingOptions, plan: SearchPlan, joint: JointCtc | None
+) -> dict[Hashable, Demand]:
+    """What CTC scores of one utterance may come to need beside the models' keys and values, by who heard it.
+
+    Raises:
+        InvalidArgumentError: as `joint_scorers`, whatever was heard.
+    """
     if options.ctc_weight == 0:
         return {}
+    _check_joint(acoustic, options, plan, joint)
     if joint is not None:
-        candidates = WIDENING * options.beam_settings(acoustic.tokens.end, 1).num_candidates
-        return {joint.model: joint.demand(options.beam_size, candidates)}
-    head = acoustic.ctc_head
-    if head is None:
-        return {}
-    frames = acoustic.scorer.model.config.max_source_positions
+        return {joint.model: joint.demand(options.beam_size, WIDENING * plan.settings.num_candidates)}
+    head, frames = acoustic.ctc_head, acoustic.scorer.model.config.max_source_positions
+    assert head is not None
     return {head: Demand(0, 0, prefix_bytes(frames, len(head.labels), 2 * options.beam_size))}
 
 
@@ -211,22 +215,12 @@ def joint_scorers(
         if joint is not None:
             joint.remark_unheard()
         return []
-    head = acoustic.ctc_head
-    require(
-        joint is not None or head is not None,
-        f"ctc_weight={options.ctc_weight} needs a CTC head, which {acoustic.name} does not have "
-        "(ctc_head.json and ctc_head.safetensors beside the model), or a CTC model; load one with ctc=..., or use "
-        "ctc_weight=0.",
-    )
-    require(
-        plan.rule.mixture is None and plan.normalize == "none",
-        f"ctc_weight goes with rules that add log-probs as they are, not with {plan.rule}, normalize={plan.normalize!r}"
-        "; use static or piecewise weights and end_policy 'neutral', 'lm' or 'asr_only'.",
-    )
+    _check_joint(acoustic, options, plan, joint)
     if joint is not None:
         check_heard(joint, options, frames)
         assert frames is not None
         return [joint.scorer(frames, len(encoder_output), options.ctc_weight)]
+    head = acoustic.ctc_head
     assert head is not None
     labels = token_labels(acoustic.scorer.vocabulary, head.label_tokens)
     return [CTCPrefixScorer(_prefix_scores(head, encoder_output, seconds), labels, options.ctc_weight)]
@@ -240,6 +234,20 @@ def check_heard(joint: JointCtc | None, options: DecodingOptions, frames: CtcFra
             "features or encoder output; give the recording (transcribe, or submit of a session), or what the model "
             "heard of it beside them: ctc_frames=decoder.ctc.frames([samples])."
         )
+
+
+def _check_joint(acoustic: AcousticModel, options: DecodingOptions, plan: SearchPlan, joint: JointCtc | None) -> None:
+    require(
+        joint is not None or acoustic.ctc_head is not None,
+        f"ctc_weight={options.ctc_weight} needs a CTC head, which {acoustic.name} does not have "
+        "(ctc_head.json and ctc_head.safetensors beside the model), or a CTC model; load one with ctc=..., or use "
+        "ctc_weight=0.",
+    )
+    require(
+        plan.rule.mixture is None and plan.normalize == "none",
+        f"ctc_weight goes with rules that add log-probs as they are, not with {plan.rule}, normalize={plan.normalize!r}"
+        "; use static or piecewise weights and end_policy 'neutral', 'lm' or 'asr_only'.",
+    )
 
 
 def _prefix_scores(head: CtcHead, encoder_output: Tensor, seconds: Sequence[float] | None) -> PrefixScores:

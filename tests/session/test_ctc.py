@@ -228,6 +228,13 @@ def test_features_and_encoder_output_bring_what_the_model_heard_or_are_refused(l
         assert_same(future.result(), wanted)
 
 
+def test_what_no_search_could_do_is_refused_when_submitted(letters, one_lm, recordings) -> None:
+    with letters.session() as session, pytest.raises(InvalidArgumentError, match="ctc_weight goes with rules"):
+        session.submit(torch.zeros(4000), ctc_weight=0.3, rule=fusion.entropy_gate(0.3), **BASE)
+    with one_lm.session() as session, pytest.raises(InvalidArgumentError, match="needs a CTC head"):
+        session.submit(recordings[0], ctc_weight=0.3, **BASE)
+
+
 def test_a_rule_that_gives_language_models_up_keeps_the_ctc_model(letters, sounds) -> None:
     rule = fusion.trusted(fusion.static(0.3), floor=-1e-6)
     own = DecodingOptions.of(**{**BASE, "beam_size": 3, "rule": rule, "ctc_weight": 0.3})
