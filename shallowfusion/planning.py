@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
-from shallowfusion.ctc.joint import CtcFrames, JointCtc, check_heard, joint_scorers
+from shallowfusion.ctc.joint import CtcFrames, JointCtc, joint_demand, joint_scorers
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.fusion.rules import DEFAULT_END_POLICY, IlmVariant, Rule
 from shallowfusion.fusion.token_classes import class_sources
@@ -200,12 +200,11 @@ class SearchPlanner:
         return late_sources(plan.rule, delayed, self.acoustic.scorer.vocabulary, context, clock)
 
     def demands(self, options: DecodingOptions) -> dict[Hashable, Demand]:
-        """What keys and values one utterance may come to need, by model; late sources are not counted.
+        """What keys and values and CTC scores one utterance may need, by model; delayed and bridged ones do not count.
 
         Raises:
             InvalidArgumentError: as `sources`.
         """
-        check_heard(self.joint, options, None)
         tokens, acoustic = self.acoustic.tokens, self.acoustic.scorer
         language = options.language or (next(iter(tokens.languages)) if tokens.languages else "en")
         require(
@@ -230,7 +229,7 @@ class SearchPlanner:
         if plan.rule.subtracts_last and isinstance(self.language_models[-1], CausalLMScorer):
             last = self.language_models[-1]
             found["ilm", "source_lm"] = Demand(len(last.prompt()) + new, slot_bytes(last.model))
-        return found
+        return {**found, **joint_demand(self.acoustic, options, plan, self.joint)}
 
     def _domain_ids(self, model: Any, options: DecodingOptions) -> list[int]:
         """The domain prompt as tokens of a language model that shares the acoustic model's."""

@@ -17,6 +17,7 @@ TEXT_TOKENS = 40
 END, START, NO_TIMESTAMPS = 40, 41, 42
 ACOUSTIC_VOCAB, LANGUAGE_VOCAB = 44, 41
 END_QUANTILE = 1.0
+FEATURES = FeatureSettings(feature_size=16, sampling_rate=16000, hop_length=160, n_fft=400, chunk_seconds=30)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -48,24 +49,34 @@ def tiny_whisper(
     seed: int = 0, sharpness: float = 4.0, layers: int = 2, positions: int = 64, timestamps: int = 1, **changes: object
 ) -> AcousticModel:
     """A random Whisper of width 32 whose distributions are peaked enough for a search to mean something."""
-    torch.manual_seed(seed)
     vocab_size = NO_TIMESTAMPS + 1 + timestamps
+    torch.manual_seed(seed)
+    model = random_whisper(vocab_size, sharpness, decoder_layers=layers, max_target_positions=positions, **changes)
+    with torch.no_grad():
+        _favour_end(model)
+    model.generation_config.no_timestamps_token_id = NO_TIMESTAMPS
+    scorer = WhisperScorer(model, vocabulary(vocab_size, name="tiny whisper"))
+    return AcousticModel("tiny whisper", scorer, LetterTokenizer(), FEATURES, whisper_tokens(model))
+
+
+def random_whisper(
+    vocab_size: int, sharpness: float, end: int = END, start: int = START, **changes: object
+) -> WhisperForConditionalGeneration:
+    """The model of transformers alone, of width 32, with the end and start tokens it is told."""
+    sizes = {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 16,
+        "max_source_positions": 30, "max_target_positions": 64,
+    }  # fmt: skip
     config = WhisperConfig(
-        vocab_size=vocab_size, d_model=32, encoder_layers=1, decoder_layers=layers, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16, max_source_positions=30,
-        max_target_positions=positions, pad_token_id=END, bos_token_id=END, eos_token_id=END,
-        decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None, **changes,
+        vocab_size=vocab_size, pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start,
+        suppress_tokens=None, begin_suppress_tokens=None, **{**sizes, **changes},
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.model.decoder.parameters():
             parameter.mul_(sharpness)
-        _favour_end(model)
-    model.generation_config.no_timestamps_token_id = NO_TIMESTAMPS
-    scorer = WhisperScorer(model, vocabulary(vocab_size, name="tiny whisper"))
-    features = FeatureSettings(feature_size=16, sampling_rate=16000, hop_length=160, n_fft=400, chunk_seconds=30)
-    object.__setattr__(features, "chunk_seconds", 30)
-    return AcousticModel("tiny whisper", scorer, LetterTokenizer(), features, whisper_tokens(model))
+    return model
 
 
 def _favour_end(model: WhisperForConditionalGeneration) -> None:

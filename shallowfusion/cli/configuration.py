@@ -80,6 +80,7 @@ def load_decoder(arguments: argparse.Namespace) -> FusionDecoder:
         getattr(arguments, "lm_bridge", None),
         getattr(arguments, "ngram_lookups", None) or "auto",
         ctc=getattr(arguments, "ctc", None),
+        attention=getattr(arguments, "attention", None) or "auto",
     )
 
 

@@ -14,9 +14,35 @@ from shallowfusion.results import Transcription
 if TYPE_CHECKING:
     from shallowfusion.ctc.decoder import CTCDecoder
 
-__all__ = ["CtcSystem", "add_ctc_options", "given_ctc_options"]
+__all__ = ["CtcSystem", "add_ctc_model", "add_ctc_options", "check_ctc_model", "given_ctc_options"]
 
 _OWN = ("word_bonus", "beam_margin", "blank_skip", "backend")
+
+
+def add_ctc_model(parser: argparse.ArgumentParser, ways: str) -> None:
+    """The CTC model beside a Whisper-type one.
+
+    Args:
+        ways: the options that give it a say.
+    """
+    parser.add_argument(
+        "--ctc", default=None, metavar="MODEL",
+        help="CTC model (wav2vec2, Parakeet, ...: hub id or local directory) that hears the recordings beside a "
+        f"Whisper-type --asr, for {ways}",
+    )  # fmt: skip
+
+
+def check_ctc_model(arguments: argparse.Namespace, is_ctc: bool) -> None:
+    """Refuse a CTC model beside another, or one that nobody asks."""
+    require(
+        arguments.ctc is None or not is_ctc,
+        f"{arguments.asr} is a CTC model itself, and --ctc goes beside a Whisper-type --asr; leave it out.",
+    )
+    rescores = getattr(arguments, "ctc_rescore", None) is not None
+    require(
+        arguments.ctc is None or bool(arguments.ctc_weight) or rescores,
+        "--ctc is heard with --ctc-weight or --ctc-rescore alone; give one, for instance --ctc-weight 0.3.",
+    )
 
 
 def add_ctc_options(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shallowfusion.cli.configuration import apply_configuration, configured, load_decoder
-from shallowfusion.cli.ctc import add_ctc_options, given_ctc_options
+from shallowfusion.cli.ctc import add_ctc_model, add_ctc_options, check_ctc_model, given_ctc_options
 from shallowfusion.cli.transcribe import (
     add_decoding_options,
     add_model_options,
@@ -47,6 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--references", type=Path, metavar="FILE", help="for --hypotheses: id and text a line")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="for --hypotheses: those of another system")
     add_model_options(parser, is_required=False)
+    add_ctc_model(parser, "--ctc-weight, in the baseline too")
     _add_evaluation_options(parser)
     add_decoding_options(parser)
     add_ctc_options(parser)
@@ -126,7 +127,7 @@ def _check(arguments: argparse.Namespace) -> None:
         )
         extra = [
             name
-            for name in ("manifest", "asr", "lm", "calibration", "dev", "try_weights", "results", "save_nbest")
+            for name in ("manifest", "asr", "lm", "ctc", "calibration", "dev", "try_weights", "results", "save_nbest")
             if getattr(arguments, name)
         ]
         require(not extra, f"with --hypotheses no model runs, so {', '.join(extra)} cannot be given.")
@@ -258,19 +259,22 @@ class _Systems:
         self._fused: Any
         self._alone: Any
         self._is_ctc = is_ctc_model(arguments.asr)
+        check_ctc_model(arguments, self._is_ctc)
         if self._is_ctc:
             self._fused = ctc_system(arguments)
             self._alone = self._fused.alone()
         else:
             refuse_ctc_options(arguments)
             self._fused = load_decoder(arguments)
-            self._alone = FusionDecoder(self._fused.acoustic)
+            self._alone = FusionDecoder(self._fused.acoustic, ctc=self._fused.ctc and self._fused.ctc.model)
 
     def run(self, is_fused: bool, recordings: Sequence[Any], options: DecodingOptions, title: str) -> Any:
         from shallowfusion.evaluation.stored import fingerprint_of, transcribe_set
         from shallowfusion.trusting import alone_options
 
         own, models = self._arguments, [self._arguments.asr]
+        if own.ctc is not None:
+            models.append(own.ctc)
         if is_fused:
             models += own.lm
             options = options if self._is_ctc else configured(own, self._fused, options)

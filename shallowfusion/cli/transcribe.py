@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from shallowfusion.cli.configuration import add_configuration, apply_configuration, configured, load_decoder
-from shallowfusion.cli.ctc import CtcSystem, add_ctc_options, given_ctc_options
+from shallowfusion.cli.ctc import CtcSystem, add_ctc_model, add_ctc_options, check_ctc_model, given_ctc_options
 from shallowfusion.config import DRIVERS, require
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.fusion import Rule, parse_rule, piecewise, static
+from shallowfusion.fusion.coverage import COVERAGE_KINDS
 from shallowfusion.options import DecodingOptions
 from shallowfusion.results import Transcription
 
@@ -25,11 +26,12 @@ __all__ = [
 Transcriber = Callable[[list[str]], list[Transcription]]
 
 NUMBER = {"int": int, "float": float}
-BRIDGES, LOOKUPS = ("bytes",), ("auto", "rows", "candidates")
+BRIDGES, LOOKUPS, ATTENTION = ("bytes",), ("auto", "rows", "candidates"), ("auto", "sdpa", "triton")
 DEFAULT_RESCORING_WEIGHT, DEFAULT_LIST_SIZE = 0.24, 20
 RESCORED_SEARCH_OPTIONS = ("beam_size", "n_best", "batch_size", "lm_weight", "length_bonus")
-CTC_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "hotword", "hotwords_inside_words")
-RESCORING_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "length_penalty")
+CTC_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "hotword", "hotword_weight", "hotwords_inside_words")
+RESCORING_OPTIONS = (*RESCORED_SEARCH_OPTIONS, "rule", "length_penalty", "attention")
+NUMBER_OR_NONE = ("length_penalty", "end_threshold", "max_initial_timestamp", "min_attention_centre")
 
 
 def add_parser(commands: Any) -> None:
@@ -41,11 +43,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="wav, flac, mp3 or ogg, any rate")
     add_model_options(parser, is_required=False)
-    parser.add_argument(
-        "--ctc", default=None, metavar="MODEL",
-        help="CTC model (wav2vec2, Parakeet, ...: hub id or local directory) that hears the recordings beside a "
-        "Whisper-type --asr, for --ctc-weight or --ctc-rescore",
-    )  # fmt: skip
+    add_ctc_model(parser, "--ctc-weight or --ctc-rescore")
     parser.add_argument(
         "--ctc-rescore", type=float, default=None, metavar="SHARE",
         help="search with the CTC head, or --ctc, alone (and --lm NAME.arpa of words), then rank the list by SHARE * "
@@ -76,14 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _maker(arguments: argparse.Namespace, is_ctc: bool) -> Callable[..., Transcriber]:
-    require(
-        arguments.ctc is None or not is_ctc,
-        f"{arguments.asr} is a CTC model itself, and --ctc goes beside a Whisper-type --asr; leave it out.",
-    )
-    require(
-        arguments.ctc is None or arguments.ctc_weight or arguments.ctc_rescore is not None,
-        "--ctc is heard with --ctc-weight or --ctc-rescore alone; give one, for instance --ctc-weight 0.3.",
-    )
+    check_ctc_model(arguments, is_ctc)
     if arguments.ctc_rescore is not None:
         require(not is_ctc, f"{arguments.asr} has no attention decoder, which --ctc-rescore ranks with; leave it out.")
         refuse_ctc_options(arguments)
@@ -136,8 +127,9 @@ def _rescoring_transcriber(arguments: argparse.Namespace, options: DecodingOptio
     ranking = [pair for pair in pairs if not is_arpa(pair[0])]
     require(len(inside) <= 1, f"the CTC search takes one --lm NAME.arpa of words, got {len(inside)}.")
     decoder = FusionDecoder.from_pretrained(
-        arguments.asr, [name for name, _ in ranking], arguments.device, arguments.dtype, ctc=arguments.ctc
-    )
+        arguments.asr, [name for name, _ in ranking], arguments.device, arguments.dtype, ctc=arguments.ctc,
+        attention=arguments.attention or "auto",
+    )  # fmt: skip
     size = arguments.beam_size or max(DEFAULT_LIST_SIZE, options.n_best)
     search = CtcOptions(beam_size=size, lm_weight=inside[0][1] if inside else 0.0)
     rescorer = AttentionRescorer(decoder, search, inside[0][0] if inside else None)
@@ -158,8 +150,9 @@ def _unused(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False)
     add_decoding_options(parser)
     given = [name for name, value in vars(parser.parse_args([])).items() if getattr(arguments, name) != value]
-    others = ("config", "calibration", "internal_context", "lm_bridge", "ngram_lookups")
-    return [name for name in given if name not in known] + [name for name in others if getattr(arguments, name, None)]
+    others = ("config", "calibration", "internal_context", "lm_bridge", "ngram_lookups", "attention")
+    given += [name for name in others if getattr(arguments, name, None)]
+    return [name for name in given if name not in known]
 
 
 def options_from(arguments: argparse.Namespace) -> DecodingOptions:
@@ -175,21 +168,19 @@ def options_from(arguments: argparse.Namespace) -> DecodingOptions:
     elif len(arguments.lm_weight) == 1:
         names["lm_weight"] = arguments.lm_weight[0]
         names["initial_steps"] = arguments.initial_steps
-    if arguments.length_penalty == "none":
-        names["length_penalty"] = None
-    elif arguments.length_penalty is not None:
-        names["length_penalty"] = float(arguments.length_penalty)
-    if arguments.end_threshold == "none":
-        names["end_threshold"] = None
-    elif arguments.end_threshold is not None:
-        names["end_threshold"] = float(arguments.end_threshold)
+    for name in NUMBER_OR_NONE:
+        value = getattr(arguments, name)
+        if value is not None:
+            names[name] = None if value == "none" else value
+    if arguments.lm_temperature is not None:
+        given = _temperatures(str(arguments.lm_temperature))  # from a decoder file it is no text
+        names["lm_temperature"] = given if len(given) > 1 else given[0]
     if arguments.suppress_tokens is not None:
-        given = arguments.suppress_tokens
-        names["suppress_tokens"] = given if given == "-1" else [int(i) for i in given.split(",") if i.strip()]
+        names["suppress_tokens"] = _suppressed(arguments.suppress_tokens)
     names["suppress_blank"] = not arguments.keep_blank
     names["without_timestamps"] = not arguments.timestamps
     if arguments.hotword:
-        names["hotwords"] = _hotwords(arguments.hotword)
+        names["hotwords"] = _hotwords(arguments.hotword, names.get("hotword_weight", DecodingOptions.hotword_weight))
     return DecodingOptions.of(**names)
 
 
@@ -209,7 +200,7 @@ def _rule(arguments: argparse.Namespace) -> Rule | None:
     return piecewise(weights or 0.24, arguments.initial_steps, arguments.ramp, arguments.catch_up)
 
 
-def _hotwords(given: list[str]) -> dict[str, float]:
+def _hotwords(given: list[str], weight_of_others: float) -> dict[str, float]:
     """Phrases with weights, from the command line and the files it names."""
     found: dict[str, float] = {}
     for entry in given:
@@ -222,7 +213,7 @@ def _hotwords(given: list[str]) -> dict[str, float]:
         for line in filter(str.strip, lines):
             text, _, weight = line.partition("=")
             try:
-                found[text.strip()] = float(weight) if weight.strip() else DecodingOptions.hotword_weight
+                found[text.strip()] = float(weight) if weight.strip() else weight_of_others
             except ValueError:
                 raise InvalidArgumentError(f"a hotword is TEXT or TEXT=NATS, got {line!r}.") from None
     return found
@@ -238,12 +229,19 @@ def _numbers() -> dict[str, tuple[type, str]]:
         "min_new_tokens": (int, "no end before this many tokens (default: 0)"),
         "max_new_tokens": (int, "no more tokens than this (default: what the model's window leaves)"),
         "no_repeat_ngram_size": (int, "no group of this many tokens is said twice (default: 0, off)"),
-        "max_initial_timestamp": (float, "seconds, the latest first timestamp (default: 1)"),
+        "hotword_weight": (float, "nats for each --hotword that names none (default: 4)"),
         "coverage_weight": (float, "weight of the recording's coverage in the ranking of the n-best (default: 0)"),
-        "min_attention_centre": (float, "ends that look at less of the recording than this come last (default: off)"),
         "asr_temperature": (float, "default: 1"),
-        "lm_temperature": (float, "default: 1"),
         "batch_size": (int, "recordings decoded together (default: 8)"),
+    }
+
+
+def _numbers_or_none() -> dict[str, str]:
+    return {
+        "length_penalty": "number, or none (default: 1)",
+        "end_threshold": "number, or none (default: 1.5)",
+        "max_initial_timestamp": "seconds, the latest first timestamp, or none for any (default: 1)",
+        "min_attention_centre": "ends that look at less of the recording than this come last (default: none)",
     }
 
 
@@ -254,6 +252,7 @@ def _words() -> dict[str, tuple[tuple[str, ...] | None, str]]:
             "what language models say of the end token (default: neutral)",
         ),
         "stop_rule": (("hf", "whisper", "espnet"), "default: hf"),
+        "coverage": (COVERAGE_KINDS, "what --coverage-weight counts of the recording (default: threshold)"),
         "task": (("transcribe", "translate"), "default: transcribe"),
         "language": (None, "language code of a multilingual model (default: detected)"),
         "initial_prompt": (None, "text the acoustic model sees as previous text"),
@@ -279,6 +278,11 @@ def add_model_options(parser: argparse.ArgumentParser, is_required: bool = True)
     parser.add_argument(
         "--ngram-lookups", choices=LOOKUPS, default=None,
         help="n-gram models of pieces score every token (rows) or what survives the step (candidates); default: auto",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default=None,
+        help="torch's, kernels that read each key of an utterance once for all its beams (triton, on CUDA), or what "
+        "suits the device (default: auto)",
     )  # fmt: skip
     add_configuration(parser)
     parser.add_argument(
@@ -306,8 +310,9 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*names, type=number, default=None, metavar="N", dest=name, help=text)
     for name, (choices, text) in _words().items():
         group.add_argument(f"--{name.replace('_', '-')}", default=None, choices=choices, help=text)
-    group.add_argument("--length-penalty", default=None, metavar="P", help="number, or none (default: 1)")
-    group.add_argument("--end-threshold", default=None, metavar="G", help="number, or none (default: 1.5)")
+    group.add_argument("--lm-temperature", default=None, metavar="T[,T]", help="one, or one per --lm (default: 1)")
+    for name, text in _numbers_or_none().items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=_number_or_none, default=None, metavar="N", help=text)
     group.add_argument("--early-stopping", default=None, type=_early_stopping, metavar="X", help="false, true or never")
     group.add_argument(
         "--hotword",
@@ -320,9 +325,36 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "--hotwords-inside-words", action="store_const", const=True, default=None,
         help="favour them inside longer words too (default: whole words only)",
     )  # fmt: skip
-    group.add_argument("--suppress-tokens", default=None, metavar="IDS", help="-1 = the model's list, or ids: 1,2,3")
+    group.add_argument(
+        "--suppress-tokens", default=None, metavar="IDS", help="-1 = the model's list, ids: 1,2,3, or none"
+    )
     group.add_argument("--timestamps", action="store_true", help="segments with the seconds they begin and end at")
     group.add_argument("--keep-blank", action="store_true", help="allow blank or end as the first token")
+
+
+def _number_or_none(word: str) -> float | str:
+    if word == "none":
+        return word
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or none, got {word!r}") from None
+
+
+def _temperatures(given: str) -> list[float]:
+    try:
+        return [float(number) for number in given.split(",")]
+    except ValueError:
+        raise InvalidArgumentError(f"--lm-temperature must be numbers such as 1 or 1,0.9, got {given!r}.") from None
+
+
+def _suppressed(given: str) -> str | list[int]:
+    if given == "-1":
+        return given
+    try:
+        return [] if given == "none" else [int(token) for token in given.split(",") if token.strip()]
+    except ValueError:
+        raise InvalidArgumentError(f"--suppress-tokens must be -1, none or ids such as 1,2,3, got {given!r}.") from None
 
 
 def _early_stopping(word: str) -> bool | str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,19 @@ from shallowfusion.config import require
 from shallowfusion.ctc.label_spelling import LabelSpelling, LetterSpelling, PieceSpelling, TokenSpelling, WithoutLabel
 from shallowfusion.ctc.models import CtcModel
 from shallowfusion.ctc.prefix_scorer import CTCPrefixScorer, token_labels
-from shallowfusion.ctc.prefix_scores import PrefixScores
+from shallowfusion.ctc.prefix_scores import PrefixScores, prefix_bytes
 from shallowfusion.ctc.settings import CtcAlphabet
 from shallowfusion.ctc.spelled_scorer import SpelledPrefixScorer
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.options import DecodingOptions
 from shallowfusion.scorers.ctc_head import CtcHead
+from shallowfusion.scorers.footprint import Demand
 from shallowfusion.scorers.loading import AcousticModel
-from shallowfusion.search.candidates import CandidateScorer
+from shallowfusion.search.candidates import WIDENING, CandidateScorer
 from shallowfusion.search.loop import SearchPlan
 from shallowfusion.text.vocabulary import Vocabulary
 
-__all__ = ["CtcFrames", "JointCtc", "check_heard", "check_rate", "heard_by", "joint_scorers"]
+__all__ = ["CtcFrames", "JointCtc", "check_heard", "check_rate", "heard_by", "joint_demand", "joint_scorers"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,32 @@ class CtcFrames:
     log_probs: Any
     lengths: Any = None
 
+    @property
+    def nbytes(self) -> int:
+        return int(self.log_probs.nbytes)
+
     def at(self, places: Sequence[int]) -> CtcFrames:
         """Those of some of the utterances."""
         chosen = list(places)
         return CtcFrames(self.log_probs[chosen], None if self.lengths is None else np.asarray(self.lengths)[chosen])
+
+    def each(self) -> list[CtcFrames]:
+        """Those of every utterance by itself, copied to the CPU as float32, without what follows its frames."""
+        values = _float_array(self.log_probs)
+        counts = [values.shape[1]] * len(values) if self.lengths is None else np.asarray(self.lengths).tolist()
+        return [
+            CtcFrames(values[i : i + 1, :count].copy(), np.array([count], dtype=np.int64))
+            for i, count in enumerate(counts)
+        ]
+
+    @staticmethod
+    def together(alone: Sequence[CtcFrames]) -> CtcFrames:
+        """One batch of what `each` made."""
+        counts = np.concatenate([own.lengths for own in alone])
+        values = np.zeros((len(alone), int(counts.max()), alone[0].log_probs.shape[2]), dtype=np.float32)
+        for place, own in enumerate(alone):
+            values[place, : counts[place]] = own.log_probs[0]
+        return CtcFrames(values, counts)
 
 
 class JointCtc:
@@ -74,6 +98,7 @@ class JointCtc:
         self.model = model
         self._vocabulary: Vocabulary = acoustic.scorer.vocabulary
         self.spelling = _spelling(self._vocabulary, model, without_label)
+        self._window_seconds = float(acoustic.features.chunk_seconds)
         self._has_warned = False
 
     def frames(self, samples: Sequence[Tensor]) -> CtcFrames:
@@ -86,18 +111,40 @@ class JointCtc:
         Raises:
             InvalidArgumentError: frames of another number of utterances, or of other labels.
         """
-        given = frames.log_probs
-        values = (given.float().cpu().numpy() if isinstance(given, Tensor) else np.array(given)).astype(np.float32)
-        require(
-            values.ndim == 3 and values.shape[0] == utterances and values.shape[2] == len(self.model.labels),
-            f"CTC frames must be log-probs [utterances, frames, labels] of {utterances} utterances and the "
-            f"{len(self.model.labels)} labels of {self.model.name}, got {list(values.shape)}.",
-        )
+        self.check_frames(frames, utterances)
+        values = _float_array(frames.log_probs).copy()
         is_nan: npt.NDArray[np.bool_] = np.isnan(values)
         broken = _within(is_nan, frames.lengths)
         values[is_nan] = -np.inf
         scores = PrefixScores(values, frames.lengths, blank=self.model.blank, delimiter=self.spelling.delimiter)
         return SpelledPrefixScorer(scores, self.spelling, self._vocabulary.end_id, weight, broken)
+
+    def check_frames(self, frames: CtcFrames, utterances: int) -> None:
+        """Refuse frames of another number of utterances, or of other labels."""
+        shape = list(getattr(frames.log_probs, "shape", ()))
+        require(
+            len(shape) == 3 and shape[0] == utterances and shape[2] == len(self.model.labels),
+            f"CTC frames must be log-probs [utterances, frames, labels] of {utterances} utterances and the "
+            f"{len(self.model.labels)} labels of {self.model.name}, got {shape}.",
+        )
+
+    @cached_property
+    def _longest_spelling(self) -> int:
+        """Labels that a token may add; where words are cut in pieces, of words of no more letters than that."""
+        if isinstance(self.spelling, TokenSpelling):
+            return 1
+        texts = (token.decode("utf-8", "ignore") for token in self._vocabulary.tokens if token)
+        return 2 + max(sum(map(str.isalnum, text)) for text in texts)
+
+    def demand(self, beam_size: int, num_candidates: int) -> Demand:
+        """What the prefix scores of one utterance may come to need, if it fills the acoustic model's window.
+
+        Args:
+            num_candidates: that are looked at in a step.
+        """
+        frames = int(np.ceil(self._window_seconds / self.model.frame_seconds)) + 1
+        rows = 2 * beam_size + num_candidates * (self._longest_spelling - 1)
+        return Demand(0, 0, prefix_bytes(frames, len(self.model.labels), rows))
 
     def remark_unheard(self) -> None:
         """Say once that the model was loaded for nothing."""
@@ -126,6 +173,24 @@ def check_rate(model: CtcModel, acoustic: AcousticModel) -> None:
     )
 
 
+def joint_demand(
+    acoustic: AcousticModel, options: DecodingOptions, plan: SearchPlan, joint: JointCtc | None
+) -> dict[Hashable, Demand]:
+    """What CTC scores of one utterance may come to need beside the models' keys and values, by who heard it.
+
+    Raises:
+        InvalidArgumentError: as `joint_scorers`, whatever was heard.
+    """
+    if options.ctc_weight == 0:
+        return {}
+    _check_joint(acoustic, options, plan, joint)
+    if joint is not None:
+        return {joint.model: joint.demand(options.beam_size, WIDENING * plan.settings.num_candidates)}
+    head, frames = acoustic.ctc_head, acoustic.scorer.model.config.max_source_positions
+    assert head is not None
+    return {head: Demand(0, 0, prefix_bytes(frames, len(head.labels), 2 * options.beam_size))}
+
+
 def joint_scorers(
     acoustic: AcousticModel,
     encoder_output: Tensor,
@@ -150,22 +215,12 @@ def joint_scorers(
         if joint is not None:
             joint.remark_unheard()
         return []
-    head = acoustic.ctc_head
-    require(
-        joint is not None or head is not None,
-        f"ctc_weight={options.ctc_weight} needs a CTC head, which {acoustic.name} does not have "
-        "(ctc_head.json and ctc_head.safetensors beside the model), or a CTC model; load one with ctc=..., or use "
-        "ctc_weight=0.",
-    )
-    require(
-        plan.rule.mixture is None and plan.normalize == "none",
-        f"ctc_weight goes with rules that add log-probs as they are, not with {plan.rule}, normalize={plan.normalize!r}"
-        "; use static or piecewise weights and end_policy 'neutral', 'lm' or 'asr_only'.",
-    )
+    _check_joint(acoustic, options, plan, joint)
     if joint is not None:
         check_heard(joint, options, frames)
         assert frames is not None
         return [joint.scorer(frames, len(encoder_output), options.ctc_weight)]
+    head = acoustic.ctc_head
     assert head is not None
     labels = token_labels(acoustic.scorer.vocabulary, head.label_tokens)
     return [CTCPrefixScorer(_prefix_scores(head, encoder_output, seconds), labels, options.ctc_weight)]
@@ -175,10 +230,24 @@ def check_heard(joint: JointCtc | None, options: DecodingOptions, frames: CtcFra
     """Refuse a search that wants a CTC model's word on what it has not heard."""
     if joint is not None and options.ctc_weight and frames is None:
         raise InvalidArgumentError(
-            f"ctc_weight={options.ctc_weight} asks the CTC model {joint.model.name}, which hears recordings, not "
-            "features or encoder output, and not those of a session: use transcribe, or "
-            "decode(..., ctc_frames=decoder.ctc.frames(samples))."
+            f"ctc_weight={options.ctc_weight} asks the CTC model {joint.model.name}, which hears recordings, and got "
+            "features or encoder output; give the recording (transcribe, or submit of a session), or what the model "
+            "heard of it beside them: ctc_frames=decoder.ctc.frames([samples])."
         )
+
+
+def _check_joint(acoustic: AcousticModel, options: DecodingOptions, plan: SearchPlan, joint: JointCtc | None) -> None:
+    require(
+        joint is not None or acoustic.ctc_head is not None,
+        f"ctc_weight={options.ctc_weight} needs a CTC head, which {acoustic.name} does not have "
+        "(ctc_head.json and ctc_head.safetensors beside the model), or a CTC model; load one with ctc=..., or use "
+        "ctc_weight=0.",
+    )
+    require(
+        plan.rule.mixture is None and plan.normalize == "none",
+        f"ctc_weight goes with rules that add log-probs as they are, not with {plan.rule}, normalize={plan.normalize!r}"
+        "; use static or piecewise weights and end_policy 'neutral', 'lm' or 'asr_only'.",
+    )
 
 
 def _prefix_scores(head: CtcHead, encoder_output: Tensor, seconds: Sequence[float] | None) -> PrefixScores:
@@ -188,6 +257,11 @@ def _prefix_scores(head: CtcHead, encoder_output: Tensor, seconds: Sequence[floa
     limit = log_probs.shape[1]
     lengths = None if seconds is None else [head.num_frames(own, limit) for own in seconds]
     return PrefixScores(log_probs, lengths, blank=head.blank)
+
+
+def _float_array(values: Any) -> npt.NDArray[np.float32]:
+    array = values.float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return array.astype(np.float32, copy=False)
 
 
 def _within(values: npt.NDArray[np.bool_], lengths: Any) -> npt.NDArray[np.bool_]:

@@ -255,14 +255,16 @@ class PieceSpelling:
     def _word(self, word: str) -> Labels:
         if not word:
             return ()
-        if word not in self._words:
-            if len(self._words) >= MOST_REMEMBERED:
-                self._words.clear()
+        found = self._words.get(word)
+        if found is None:  # threads share this: another may forget all words between two lines
             ids = self._tokenizer(word, add_special_tokens=False)["input_ids"]
             is_whole = all(label in self._sayable for label in ids)
             own = tuple(label for label in ids if label in self._sayable)
-            self._words[word] = own if is_whole or self._write.without_label == "neutral" else (UNSAYABLE,)
-        return self._words[word]
+            found = own if is_whole or self._write.without_label == "neutral" else (UNSAYABLE,)
+            if len(self._words) >= MOST_REMEMBERED:
+                self._words.clear()
+            self._words[word] = found
+        return found
 
 
 def _said(alphabet: CtcAlphabet, silenced: Sequence[int]) -> dict[str, int]:

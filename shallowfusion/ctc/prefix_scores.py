@@ -16,7 +16,7 @@ from shallowfusion.checks import integer, integer_array
 from shallowfusion.config import require
 from shallowfusion.ctc.results import frames_of
 
-__all__ = ["END", "NOTHING", "PrefixScores", "PrefixScoresProtocol"]
+__all__ = ["END", "NOTHING", "PrefixScores", "PrefixScoresProtocol", "prefix_bytes"]
 
 END = -1
 NOTHING = -2
@@ -89,6 +89,15 @@ class PrefixScoresProtocol(Protocol):
             InvalidArgumentError: a place that is not there, or twice.
         """
         ...
+
+
+def prefix_bytes(frames: int, labels: int, rows: int) -> int:
+    """The most that `PrefixScores` of one utterance take once every label was asked for, as the Protocol's price says.
+
+    Args:
+        rows: with different prefixes, at a time.
+    """
+    return frames * ((4 + 8) * labels + 8) + 16 * (frames + 1) * rows
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from shallowfusion.ctc.joint import CtcFrames, JointCtc
 from shallowfusion.features.log_mel import log_mel
 from shallowfusion.scorers.loading import AcousticModel
 from shallowfusion.search.loop import StageClock
@@ -38,6 +39,11 @@ class EncoderPass:
         if apart and scorer.device.type == "cuda":
             self._stream = _encoder_stream(scorer.device)
             self._stream.wait_stream(torch.cuda.current_stream(scorer.device))  # the weights are there
+
+    def hear(self, joint: JointCtc, samples: Sequence[Tensor]) -> list[CtcFrames]:
+        """What a CTC model hears in each recording, float [samples]; on the CPU when this returns."""
+        with torch.cuda.stream(self._stream):
+            return joint.frames(samples).each()
 
     def __call__(
         self, features: Tensor | Sequence[Tensor], after: Sequence[torch.cuda.Event | None] = ()
@@ -99,47 +105,84 @@ class RecordingEncoder:
         before = dict(self.clock.seconds)
         found: list[Encoded] = [Encoded() for _ in jobs]
         features: dict[int, Tensor] = {}
-        lengths = [job.seconds for job in jobs]
+        samples: dict[int, Tensor] = {}
         for i, job in enumerate(jobs):
             if job.features is not None:
                 features[i] = job.features
             elif not job.future.cancelled():
                 try:
-                    features[i], lengths[i] = self._heard(job)
+                    samples[i], features[i] = self._heard(job)
                 except Exception as error:
                     found[i] = Encoded(error=error)
-        wanted = [i for i in features if not jobs[i].future.cancelled()]
+        frames = self._ctc_frames(jobs, samples, found)
+        wanted = [i for i in features if not jobs[i].future.cancelled() and found[i].error is None]
         outputs = self._encoded([features[i] for i in wanted], [jobs[i].given for i in wanted])
         costs = shared_seconds(self.clock.seconds, before, len(jobs))
+        heard_costs = {**costs, "ctc": costs.pop("ctc", 0.0) * len(jobs) / max(1, len(frames))}  # who asked pays
         for i, output in zip(wanted, outputs, strict=True):
             if isinstance(output, Exception):
                 found[i] = Encoded(error=output)
             else:
-                found[i] = Encoded(*output, lengths[i], costs)
+                seconds = len(samples[i]) / self._acoustic.features.sampling_rate if i in samples else jobs[i].seconds
+                own = heard_costs if i in frames else costs
+                found[i] = Encoded(*output, seconds, own, frames=frames.get(i))
         return found
 
-    def _heard(self, job: Job) -> tuple[Tensor, float]:
+    def _heard(self, job: Job) -> tuple[Tensor, Tensor]:
         with self.clock("audio"):
             samples = self._read(job.item, job.source)
         with self.clock("features"):
-            features = log_mel([samples], self._acoustic.features)[0]
-        return features, len(samples) / self._acoustic.features.sampling_rate
+            return samples, log_mel([samples], self._acoustic.features)[0]
+
+    def _ctc_frames(
+        self, jobs: Sequence[Job], samples: Mapping[int, Tensor], found: list[Encoded]
+    ) -> dict[int, CtcFrames]:
+        """What the session's CTC model hears of those that ask it and brought no frames; failures go to `found`."""
+        asking = [(i, jobs[i].ctc) for i in samples if jobs[i].frames is None and not jobs[i].future.cancelled()]
+        models = {i: joint for i, joint in asking if joint is not None}
+        if not models:
+            return {}
+        (joint,) = set(models.values())
+        with self.clock("ctc"):
+            heard = together_or_alone(partial(self._pass.hear, joint), [samples[i] for i in models], "heard")
+        frames = {}
+        for i, own in zip(models, heard, strict=True):
+            if isinstance(own, Exception):
+                found[i] = Encoded(error=own)
+            else:
+                frames[i] = own
+        return frames
 
     def _encoded(
         self, features: Sequence[Tensor], given: Sequence[torch.cuda.Event | None]
     ) -> list[tuple[Tensor, torch.cuda.Event | None] | Exception]:
         """One encoder pass; if it fails, each alone."""
-        if not features:
-            return []
-        try:
-            with self.clock("encoder"):
-                output, done = self._pass(features, given)
-                return [(own, done) for own in output]
-        except Exception as error:
-            if len(features) == 1:
-                return [error]
-            logger.warning("%d recordings could not be encoded together (%s); each is tried alone", len(given), error)
-        return [found for i in range(len(features)) for found in self._encoded(features[i : i + 1], given[i : i + 1])]
+
+        def encode(
+            pairs: Sequence[tuple[Tensor, torch.cuda.Event | None]],
+        ) -> list[tuple[Tensor, torch.cuda.Event | None]]:
+            output, done = self._pass([own for own, _ in pairs], [event for _, event in pairs])
+            return [(own, done) for own in output]
+
+        with self.clock("encoder"):
+            return together_or_alone(encode, list(zip(features, given, strict=True)), "encoded")
+
+
+def together_or_alone(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], done: str) -> list[R | Exception]:
+    """What `work` makes of all items; if that fails, of each alone, or why not.
+
+    Args:
+        done: what recordings could not be, for the log.
+    """
+    if not items:
+        return []
+    try:
+        return list(work(items))
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+        logger.warning("%d recordings could not be %s together (%s); each is tried alone", len(items), done, error)
+    return [found for item in items for found in together_or_alone(work, [item], done)]
 
 
 def overlaps(wanted: bool | None, device: torch.device) -> bool:

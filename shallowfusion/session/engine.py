@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from shallowfusion.ctc.joint import CtcFrames
 from shallowfusion.results import Timing, Transcription
 from shallowfusion.scorers.footprint import bytes_together
 from shallowfusion.scorers.loading import AcousticModel
@@ -106,12 +107,12 @@ class SessionEngine:
 
     def dismiss(self, job: Job) -> None:
         """End a job that has no result: it failed, or was cancelled."""
-        if job.error is not None and job.fail(job.error):
-            self.num_failed += 1
-            return
-        if job.error is None:
-            job.future.set_running_or_notify_cancel()
-        self.num_cancelled += 1
+        is_wanted = job.future.set_running_or_notify_cancel()
+        if is_wanted and job.error is not None:
+            self.num_failed += 1  # before anybody sees it: whoever has an answer finds it counted
+            job.future.set_exception(job.error)
+        else:
+            self.num_cancelled += 1
 
     def step(self) -> None:
         """One token for all; results go out, and cancelled jobs are dropped."""
@@ -162,7 +163,9 @@ class SessionEngine:
         before, counted = dict(self.clock.seconds), dict(self.clock.counts)
         try:
             encoded = torch.stack([received(job.encoded, job.done) for job in jobs if job.encoded is not None])
-            own = first.planner.sources(encoded, first.options, self.clock, [job.seconds for job in jobs])
+            heard = CtcFrames.together([job.frames for job in jobs if job.frames is not None]) if first.ctc else None
+            lengths = [job.seconds for job in jobs]
+            own = first.planner.sources(encoded, first.options, self.clock, lengths, heard)
             cohort = self._running.admit(own.scorers, own.contexts, own.names, own.plan, own.late)
         except Exception as error:
             if len(jobs) > 1:
@@ -181,6 +184,7 @@ class SessionEngine:
             stages = _added(costs, {} if job.prior else job.costs)
             job.timing = Timing(stages, 0.0, {name: number for name, number in counts.items() if number})
             job.encoded = job.encoded if looks_back or job.second is not None else None
+            job.frames = job.frames if job.second is not None else None
         self._jobs[cohort] = list(jobs)
         return []
 
@@ -203,8 +207,9 @@ class SessionEngine:
         self._forget(cohort, place)
 
     def _hand_out(self, job: Job, result: Transcription) -> None:
-        if job.finish(result):
+        if job.future.set_running_or_notify_cancel():
             self.num_finished += 1
+            job.future.set_result(result)
         else:
             self.num_cancelled += 1
 

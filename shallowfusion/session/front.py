@@ -1,11 +1,10 @@
-"""The session: requests in from any thread, futures out, a thread that decodes and one that encodes ahead of it."""
+"""The session: requests in from any thread, futures out."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,21 +15,18 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
-from shallowfusion.errors import CapacityError, InvalidArgumentError, SessionError
+from shallowfusion.ctc.joint import CtcFrames, check_heard
+from shallowfusion.errors import CapacityError, InvalidArgumentError
 from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Transcription
 from shallowfusion.scorers.footprint import bytes_together
-from shallowfusion.session.encoding import RecordingEncoder, is_out_of_memory, overlaps
-from shallowfusion.session.engine import SessionEngine
-from shallowfusion.session.jobs import Encoded, Job, Second, SessionSettings, SessionStatistics
-from shallowfusion.session.line import WaitingLine
-from shallowfusion.session.verdicts import Verdicts
+from shallowfusion.session.encoding import overlaps
+from shallowfusion.session.jobs import Job, Second, SessionSettings, SessionStatistics
+from shallowfusion.session.worker import SessionWorker
 from shallowfusion.trusting import Evidence, alone_options
 
 __all__ = ["DecoderSession"]
-
-logger = logging.getLogger(__name__)
 
 
 class DecoderSession:
@@ -39,6 +35,9 @@ class DecoderSession:
     Every request has its own options and language models. Its future returns when its own search ends, to within 1e-4
     in totals as `FusionDecoder.transcribe` would; `cancel` works at any time before that and frees everything at the
     next step. All methods may be called from any thread. Made by `FusionDecoder.session`.
+
+    A session that nobody holds any more ends by itself, and what is not over fails; so it does when the interpreter
+    exits. Use it in a `with` block, or `close` it, to have everything decoded.
 
     Price: a thread that owns the passes of the search, and one for the encoder if it runs ahead; see `docs/serving.md`.
 
@@ -55,22 +54,10 @@ class DecoderSession:
         self._options: dict[str, DecodingOptions] = {}
         self._alone: dict[int, tuple[DecodingOptions, DecodingOptions]] = {}  # keyed by identity of the first
         self.overlaps_encoder = overlaps(settings.overlap_encoder, planner.acoustic.scorer.device)
-        self._encoder = RecordingEncoder(planner.acoustic, read, apart=self.overlaps_encoder)
-        self._engine = SessionEngine(planner.acoustic, self._encoder, settings)
-        self._wakes = threading.Condition()
-        self._line = WaitingLine(settings.encoder_batch, ahead=self.overlaps_encoder)
-        self._verdicts = Verdicts()
-        self._busy: list[Job] = []  # taken from the line and not over
         self._num_submitted = 0
-        self._is_closing = self._is_broken = False
-        self._joins = threading.Lock()  # before Python 3.13 two that join one thread may trip over each other
-        works = {"session": self._work, **({"encoder": self._encode_ahead} if self.overlaps_encoder else {})}
-        self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=f"shallowfusion {name}", daemon=True)
-            for name, work in works.items()
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._worker = SessionWorker(planner.acoustic, read, settings, self.overlaps_encoder)
+        self._ends = weakref.finalize(self, self._worker.abandon)
+        self._ends.atexit = False  # the worker has its own end there
 
     def submit(
         self,
@@ -79,6 +66,7 @@ class DecoderSession:
         *,
         language_models: Sequence[str] | None = None,
         evidence: Evidence | None = None,
+        ctc_frames: CtcFrames | None = None,
         **names: Any,
     ) -> Future[Transcription]:
         """Queue one recording.
@@ -90,12 +78,14 @@ class DecoderSession:
             language_models: names of those to fuse, of the decoder's `source_names`; () = none, None = all.
             evidence: shared by the requests of one domain, for `fusion.trusted` with a memory: they are judged in the
                 order they were submitted, as in one call of `transcribe`; None = this one by itself.
+            ctc_frames: what the CTC model heard of it, for `ctc_weight`: `decoder.ctc.frames([samples])`; None = it
+                hears the recording itself. Wanted with features and encoder output.
 
         Returns:
             A future of the result. A recording that cannot be decoded raises its own error there.
 
         Raises:
-            InvalidArgumentError: bad options, or no such language model.
+            InvalidArgumentError: bad options, no such language model, or nothing that the CTC model can hear.
             CapacityError: more memory than the session's budget could be needed.
             SessionError: the session is closed.
         """
@@ -104,7 +94,7 @@ class DecoderSession:
             options is None or isinstance(options, DecodingOptions),
             f"options must be DecodingOptions, got {type(options).__name__}.",
         )
-        with self._wakes:
+        with self._worker.wakes:
             self._num_submitted += 1
             number = self._num_submitted - 1
             chosen = self._option_record(names) if options is None else options
@@ -116,15 +106,11 @@ class DecoderSession:
             future: Future[Transcription] = Future()
             job = Job(future, source, recording, chosen, planner, planner.demands(chosen), time.monotonic())
             self._place_tensor(job)
+            self._place_ctc(job, ctc_frames)
             self._check_budget(job)
-            if self._is_closing:
-                raise SessionError(f"the session is closed, so {source} was not taken; open another.")
             if rule.trust is not None and planner.language_models:
                 job.second, job.evidence = self._second(chosen), evidence or Evidence()
-                self._verdicts.expect(job)
-            self._line.append(job)
-            self._wakes.notify_all()
-        future.add_done_callback(self._wake)
+            self._worker.add(job)
         return future
 
     async def transcribe(
@@ -134,29 +120,18 @@ class DecoderSession:
         *,
         language_models: Sequence[str] | None = None,
         evidence: Evidence | None = None,
+        ctc_frames: CtcFrames | None = None,
         **names: Any,
     ) -> Transcription:
         """`submit` for asyncio: waits without blocking the loop; cancelling the task cancels the request."""
-        future = self.submit(recording, options, language_models=language_models, evidence=evidence, **names)
+        future = self.submit(
+            recording, options, language_models=language_models, evidence=evidence, ctc_frames=ctc_frames, **names
+        )
         return await asyncio.wrap_future(future)
 
     def statistics(self) -> SessionStatistics:
         """What waits, runs and is over, and what it cost."""
-        engine, clock = self._engine, self._encoder.clock
-        with self._wakes:
-            return SessionStatistics(
-                queued=len(self._line),
-                running=len(self._busy),
-                encoded=self._line.num_ahead,
-                finished=engine.num_finished,
-                failed=engine.num_failed,
-                cancelled=engine.num_cancelled,
-                given_up=engine.num_given_up,
-                reserved_bytes=bytes_together(job.demands for job in self._busy),
-                encoded_bytes=self._line.encoded_bytes,
-                counts=dict(engine.clock.counts),
-                seconds={**engine.clock.seconds, **clock.seconds},
-            )
+        return self._worker.statistics()
 
     def close(self, cancel: bool = False) -> None:
         """Take no more requests and return when all are over.
@@ -164,16 +139,7 @@ class DecoderSession:
         Args:
             cancel: cancel those that wait or run; else they are decoded to their ends.
         """
-        with self._wakes:
-            self._is_closing = True
-            pending = [*self._line, *self._busy] if cancel else []
-            self._wakes.notify_all()
-        for job in pending:
-            job.future.cancel()
-        if threading.current_thread() not in self._threads:
-            with self._joins:
-                for thread in self._threads:
-                    thread.join()
+        self._worker.close(cancel)
 
     def __enter__(self) -> DecoderSession:
         return self
@@ -237,111 +203,25 @@ class DecoderSession:
             if job.encoded.is_cuda:
                 job.done = torch.cuda.current_stream(job.encoded.device).record_event()
 
+    def _place_ctc(self, job: Job, frames: CtcFrames | None) -> None:
+        """Who hears it for `ctc_weight`, and what was heard already."""
+        joint = job.planner.joint if job.options.ctc_weight else None
+        if joint is None:
+            return
+        job.ctc = joint
+        if frames is not None:
+            joint.check_frames(frames, 1)
+            (job.frames,) = frames.each()
+        elif job.features is not None or job.encoded is not None:
+            check_heard(joint, job.options, None)
+
     def _check_budget(self, job: Job) -> None:
         budget, wanted = self.settings.memory_budget, bytes_together([job.demands])
         if budget is not None and wanted > budget:
             raise CapacityError(
-                f"{job.source} may need {wanted:,} bytes of keys and values, and the session's memory_budget is "
-                f"{budget:,}; lower max_new_tokens or beam_size, or raise the budget."
+                f"{job.source} may need {wanted:,} bytes of keys and values and CTC scores, and the session's "
+                f"memory_budget is {budget:,}; lower max_new_tokens or beam_size, or raise the budget."
             )
-
-    def _wake(self, future: Future[Transcription]) -> None:
-        with self._wakes:
-            self._wakes.notify_all()
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """Run a thread; if it breaks in a way nobody foresaw, the session is closed and no future waits for ever."""
-        try:
-            work()
-        except BaseException as error:
-            logger.exception("%s ended", threading.current_thread().name)
-            with self._wakes:
-                self._is_closing = self._is_broken = True
-                left = [*self._line, *self._busy]
-                self._wakes.notify_all()
-            for job in left:
-                if not job.future.done():
-                    job.fail(SessionError(f"the session ended before {job.source} was decoded: {error!r}."))
-
-    def _work(self) -> None:
-        """The decoding thread."""
-        while True:
-            with self._wakes:
-                while not self._has_work():
-                    self._wakes.wait()
-                self._wait_for_company()
-                over = self._line.sweep()
-                taken = self._line.take(self._engine.has_room)
-                if self._is_done() and (self._is_broken or not (taken or over)):
-                    self._wakes.notify_all()
-                    return
-                self._busy += taken
-            for job in over:
-                self._engine.dismiss(job)
-            waiting = self._engine.admit(taken) if taken else []
-            if not self._engine.is_empty:
-                self._engine.step()
-            with self._wakes:
-                verdicts = self._verdicts.judge()
-            waiting = [*self._engine.conclude(verdicts), *waiting]
-            with self._wakes:
-                self._line.put_back(waiting)
-                running, self._busy = len(self._busy), [*self._engine.jobs, *self._engine.held]
-                if taken or over or len(self._busy) < running:
-                    self._wakes.notify_all()
-
-    def _has_work(self) -> bool:
-        if not self._engine.is_empty or self._line.is_head_ready or self._line.has_over:
-            return True
-        return self._verdicts.is_ripe or self._is_done()
-
-    def _is_done(self) -> bool:
-        if self._is_broken:
-            return True
-        return self._is_closing and not self._line and not self._busy and self._engine.is_empty
-
-    def _wait_for_company(self) -> None:
-        """Where nothing runs, wait a little for others to be encoded in the same pass, and to start together."""
-        enough = min(self.settings.encoder_batch, self.settings.max_utterances)
-        while self._line and len(self._line) < enough and not self._is_closing:
-            if self._busy or not self._engine.is_empty:
-                return
-            left = self._line.head.submitted + self.settings.admission_seconds - time.monotonic()
-            if left <= 0:
-                return
-            self._wakes.wait(left)
-
-    def _encode_ahead(self) -> None:
-        """The encoder's thread."""
-        num_over: int | None = None  # how many were over when memory was short, until others are
-        while True:
-            with self._wakes:
-                while True:
-                    if self._is_done():
-                        return
-                    if num_over is None or num_over != self._engine.num_over or not self._busy:
-                        self._wait_for_company()
-                        if jobs := self._line.claim():
-                            break
-                    self._wakes.wait()
-            found = self._encoded(jobs)
-            with self._wakes:
-                num_over = None
-                for job, encoded in zip(jobs, found, strict=True):
-                    if is_out_of_memory(encoded.error) and self._busy:
-                        logger.warning("%s waits for memory to be encoded (%s)", job.source, encoded.error)
-                        job.is_claimed, num_over = False, self._engine.num_over
-                    else:
-                        job.take(encoded)
-                self._wakes.notify_all()
-
-    def _encoded(self, jobs: Sequence[Job]) -> list[Encoded]:
-        """What became of each; whatever goes wrong, nobody waits for ever."""
-        try:
-            return self._encoder.encode(jobs)
-        except Exception as error:
-            logger.exception("%d recordings were not encoded", len(jobs))
-            return [Encoded(error=error) for _ in jobs]
 
 
 def _is_plain(value: Any) -> bool:

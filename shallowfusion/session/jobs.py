@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shallowfusion.config import require
+from shallowfusion.ctc.joint import CtcFrames, JointCtc
 from shallowfusion.options import DecodingOptions
 from shallowfusion.planning import SearchPlanner
 from shallowfusion.results import Timing, Transcription
@@ -28,8 +29,8 @@ class SessionSettings:
 
     Args:
         max_utterances: that are searched together.
-        memory_budget: bytes of keys and values they may come to hold; None = no bound. Reckoned from the longest a
-            search may last, so `max_new_tokens` is what makes room.
+        memory_budget: bytes of keys and values, and of CTC scores, they may come to hold; None = no bound. Reckoned
+            from the longest a search may last, so `max_new_tokens` is what makes room.
         encoder_batch: most recordings that are encoded in one pass.
         admission_seconds: how long a recording that finds nothing running waits for others to be encoded with it.
         overlap_encoder: a thread of its own reads and encodes, at most twice encoder_batch ahead; False = that is done
@@ -74,8 +75,8 @@ class SessionStatistics:
         encoded: of those that wait, recordings that the session has encoded, or is encoding, ahead.
         finished, failed, cancelled: requests that are over.
         given_up: requests in which a trusted rule gave the language models up, so that they were searched again.
-        reserved_bytes: of keys and values, for those that run.
-        encoded_bytes: of encoder output that waits.
+        reserved_bytes: of keys and values and CTC scores, for those that run.
+        encoded_bytes: of encoder output, and of what a CTC model heard, that waits.
         counts: "row_steps" of the acoustic model, "live_rows" among them, prefix hits and so on.
         seconds: by stage.
     """
@@ -108,6 +109,7 @@ class Encoded:
         done: recorded on the encoder's stream when the output is there; None = on the stream that reads it.
         seconds: of sound.
         costs: this recording's share of the seconds it took, by stage.
+        frames: what the CTC model heard of it; None = it was not asked.
     """
 
     output: Tensor | None = None
@@ -115,6 +117,7 @@ class Encoded:
     seconds: float = 0.0
     costs: Mapping[str, float] = field(default_factory=dict)
     error: Exception | None = None
+    frames: CtcFrames | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ class Job:
 
     Args:
         item: the recording, or features or encoder output of one.
-        demands: keys and values it may need, by model.
+        demands: keys and values and CTC scores it may need, by model.
+        ctc: the CTC model that has a say; None = none has.
+        frames: what that model heard, of one utterance, on the CPU.
         seconds: of sound.
         encoded: [frames, size].
         given: on the caller's stream, when tensors of the request are there.
@@ -155,6 +160,8 @@ class Job:
     planner: SearchPlanner
     demands: Mapping[Hashable, Demand]
     submitted: float
+    ctc: JointCtc | None = None
+    frames: CtcFrames | None = None
     seconds: float = 0.0
     features: Tensor | None = None
     encoded: Tensor | None = None
@@ -172,19 +179,19 @@ class Job:
     timing: Timing | None = None
     before: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def encoded_bytes(self) -> int:
+        """Of what is known of its recording."""
+        heard = 0 if self.frames is None else self.frames.nbytes
+        return heard + (0 if self.encoded is None else self.encoded.nbytes)
+
     def take(self, encoded: Encoded) -> None:
         """Go on with what became of its recording."""
         self.error = encoded.error
         if encoded.output is not None:
             self.encoded, self.done, self.costs = encoded.output, encoded.done, encoded.costs
             self.seconds, self.features = encoded.seconds, None
-
-    def finish(self, result: Transcription) -> bool:
-        """Give the result to whoever waits; False if it was cancelled in the meantime."""
-        is_wanted = self.future.set_running_or_notify_cancel()
-        if is_wanted:
-            self.future.set_result(result)
-        return is_wanted
+            self.frames = encoded.frames or self.frames
 
     def fail(self, error: BaseException) -> bool:
         """Give the error to whoever waits; False if it was cancelled in the meantime."""

@@ -49,8 +49,8 @@ class WaitingLine:
 
     @property
     def encoded_bytes(self) -> int:
-        """Of encoder output that the session made for those that stand here."""
-        return sum(job.encoded.nbytes for job in self._jobs if job.is_claimed and job.encoded is not None)
+        """Of encoder output and CTC frames that the session made for those that stand here."""
+        return sum(job.encoded_bytes for job in self._jobs if job.is_claimed)
 
     def append(self, job: Job) -> None:
         self._jobs.append(job)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from shallowfusion import DecodingOptions, FusionDecoder
 from shallowfusion.cli.main import main
+from shallowfusion.cli.transcribe import add_decoding_options, options_from
+from shallowfusion.errors import InvalidArgumentError
+from tests.ctc.tiny_models import save_tiny_model
 from tests.shipped import ASR, MEDICAL, clip, decoder
 
 
@@ -55,10 +61,95 @@ def test_prompt_and_driver_reach_the_decoder(capsys) -> None:
     assert parts["lm"] != pytest.approx(plain.n_best[0].parts["lm"], abs=1e-3)
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_attention_reaches_the_models(capsys, attention: str) -> None:
+    wanted = FusionDecoder.from_pretrained(ASR, MEDICAL, "cpu", attention=attention)
+    given = ["--asr", ASR, "--lm", MEDICAL, "--beam-size", 2, "--device", "cpu", "--attention", attention]
+    code, out, _ = run(capsys, "transcribe", clip(2), *given)
+    assert code == 0
+    assert out.strip() == wanted.transcribe([clip(2)], beam_size=2)[0].text
+
+
+@pytest.mark.parametrize("command", ["transcribe", "evaluate", "tune", "explain", "calibrate", "train-gate"])
+def test_commands_that_load_models_hand_attention_on(capsys, monkeypatch, tmp_path: Path, command: str) -> None:
+    seen: list[str] = []
+
+    def remember(*given, ctc, attention):
+        seen.append(attention)
+        raise InvalidArgumentError("seen enough.")
+
+    monkeypatch.setattr("shallowfusion.decoder.FusionDecoder.from_pretrained", remember)
+    one, other = tmp_path / "one.tsv", tmp_path / "other.tsv"
+    one.write_text(f"{clip(2)}\tsome words\n")
+    other.write_text(f"{clip(3)}\tother words\n")
+    own = {
+        "transcribe": [clip(2)],
+        "explain": [clip(2)],
+        "evaluate": [one],
+        "tune": [one, "--out", tmp_path / "out"],
+        "calibrate": [one, "--out", tmp_path / "temperatures.json"],
+        "train-gate": [one, "--dev", other, "--out", tmp_path / "gate"],
+    }
+    code, _, error = run(capsys, command, *own[command], "--asr", ASR, "--lm", MEDICAL, "--attention", "triton")
+    assert (code, "seen enough" in error) == (2, True), error
+    assert seen == ["triton"]
+
+
+def test_attention_goes_where_a_whisper_type_model_runs(capsys, tmp_path: Path) -> None:
+    given = ("transcribe", clip(2), "--asr", ASR, "--device", "cpu")
+    code, _, error = run(capsys, *given, "--attention", "triton")
+    assert (code, "attention='triton' needs a CUDA device" in error) == (2, True)
+    code, out, _ = run(capsys, *given, "--ctc-rescore", 0.5, "--attention", "sdpa")
+    assert (code, bool(out.strip())) == (0, True)
+    save_tiny_model("wav2vec2", tmp_path)
+    code, _, error = run(capsys, "transcribe", clip(2), "--asr", tmp_path, "--attention", "sdpa")
+    assert (code, "is a CTC model, for which attention mean nothing" in error) == (2, True)
+
+
+def parsed(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_decoding_options(parser)
+    return parser.parse_args(given)
+
+
+def test_options_of_every_kind_are_understood() -> None:
+    given = options_from(parsed(
+        "--coverage", "gnmt", "--coverage-weight", "0.2", "--max-initial-timestamp", "none", "--timestamps",
+        "--min-attention-centre", "0.5", "--lm-temperature", "1,0.9", "--suppress-tokens", "none",
+        "--hotword", "stent", "--hotword", "Fallot=2", "--hotword-weight", "3", "--end-threshold", "none",
+    ))  # fmt: skip
+    assert given == DecodingOptions(
+        coverage="gnmt", coverage_weight=0.2, max_initial_timestamp=None, without_timestamps=False,
+        min_attention_centre=0.5, lm_temperature=(1.0, 0.9), suppress_tokens=[], hotword_weight=3.0,
+        hotwords={"stent": 3.0, "Fallot": 2.0}, end_threshold=None,
+    )  # fmt: skip
+    assert options_from(parsed("--lm-temperature", "0.9")).lm_temperature == 0.9
+    assert options_from(parsed("--suppress-tokens", "1,2")).suppress_tokens == [1, 2]
+    assert options_from(parsed()) == DecodingOptions()
+
+
+def test_every_decoding_option_can_be_given() -> None:
+    otherwise = {"hotwords": "hotword", "suppress_blank": "keep_blank", "without_timestamps": "timestamps"}
+    wanted = {otherwise.get(entry.name, entry.name) for entry in dataclasses.fields(DecodingOptions)}
+    assert wanted <= set(vars(parsed()))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--lm-temperature", "warm"], "--lm-temperature must be numbers"),
+        (["--suppress-tokens", "a"], "--suppress-tokens must be -1, none or ids"),
+    ],
+)
+def test_values_that_are_no_numbers_are_named(given: list[str], words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        options_from(parsed(*given))
+
+
 def test_where_ngrams_are_looked_up_reaches_the_decoder(capsys, monkeypatch) -> None:
     seen: list[tuple] = []
 
-    def remember(*given, ctc):
+    def remember(*given, ctc, attention):
         seen.append(given)
         return decoder()
 
@@ -104,7 +195,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, words: str) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [["transcribe"], ["nonsense"], ["transcribe", "x.wav", "--beamsize", "3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["transcribe"],
+        ["nonsense"],
+        ["transcribe", "x.wav", "--beamsize", "3"],
+        ["transcribe", "x.wav", "--length-penalty", "long"],
+        ["transcribe", "x.wav", "--attention", "flash"],
+    ],
+)
 def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from shallowfusion import FusionDecoder
 from shallowfusion.cli.main import main
 from tests.ctc.tiny_models import save_tiny_model
-from tests.shipped import ASR, clip
+from tests.shipped import ASR, MEDICAL, clip
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,22 @@ def test_what_goes_unheard_is_refused(
     command = ["transcribe", str(clip(2)), "--asr", asr or ctc, "--device", "cpu", "--ctc", ctc, *arguments]
     assert main(command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_evaluate_hears_it_in_the_baseline_too(capsys: pytest.CaptureFixture[str], ctc: str, tmp_path: Path) -> None:
+    manifest = tmp_path / "set.tsv"
+    manifest.write_text(f"{clip(2)}\tsome words\n")
+    command = ["evaluate", str(manifest), "--asr", ASR, "--lm", MEDICAL, "--lm-weight", "0.2", "--device", "cpu"]
+    command += ["--json", "--beam-size", "2", "--max-new-tokens", "20"]
+    assert main([*command, "--ctc", ctc, "--save-nbest", str(tmp_path / "n"), "--n-best", "2"]) == 2
+    assert "--ctc-weight 0.3" in capsys.readouterr().err
+    asked = [*command, "--ctc", ctc, "--ctc-weight", "0.02"]
+    assert main([*asked, "--save-nbest", str(tmp_path / "n"), "--n-best", "2"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert "ctc" in (tmp_path / "n").read_text()
+    decoder = FusionDecoder.from_pretrained(ASR, device="cpu", ctc=ctc)
+    alone = decoder.transcribe([clip(2)], beam_size=2, n_best=2, max_new_tokens=20, ctc_weight=0.02)[0].text
+    assert alone in json.dumps(shown, ensure_ascii=False)
 
 
 def test_a_model_that_is_no_ctc_model_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -230,8 +230,6 @@ def test_what_has_not_been_heard_is_refused() -> None:
     encoded = tiny.random_encoder_output(decoder.acoustic, 2)
     with pytest.raises(InvalidArgumentError, match="hears recordings"):
         decoder.decode(encoded, ctc_weight=0.3, **FAST)
-    with decoder.session() as session, pytest.raises(InvalidArgumentError, match="session"):
-        session.submit(np.zeros(1000, dtype=np.float32), ctc_weight=0.3)
     for frames in (frames_of(0, 3), frames_of(0, 2, labels=5), CtcFrames(np.zeros((2, 4)))):
         with pytest.raises(InvalidArgumentError, match="of 2 utterances and the 4 labels"):
             decoder.decode(encoded, ctc_frames=frames, ctc_weight=0.3, **FAST)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, WhisperConfig, WhisperForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers import WhisperTokenizer as RealWhisperTokenizer
 
 from shallowfusion import FusionDecoder, fusion
 from shallowfusion.config import BeamSettings
 from shallowfusion.errors import InvalidArgumentError, VocabularyError
-from shallowfusion.features.log_mel import FeatureSettings
 from shallowfusion.scorers.base import Context
 from shallowfusion.scorers.byte_bridge import BridgeSettings, ByteBridge, ByteLanguage
 from shallowfusion.scorers.causal_lm import CausalLMScorer
@@ -23,7 +22,7 @@ from shallowfusion.scorers.whisper import WhisperScorer
 from shallowfusion.search.loop import SearchPlan, StageClock, search
 from shallowfusion.text.vocabulary import Vocabulary, vocabulary_of
 from shallowfusion.values import Unmapped
-from tests.tiny import END, NO_TIMESTAMPS, START, random_encoder_output, tiny_lm, tiny_whisper
+from tests.tiny import END, FEATURES, NO_TIMESTAMPS, START, random_encoder_output, random_whisper, tiny_lm, tiny_whisper
 
 TOKENIZERS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tokenizers"
 WEIGHT = 0.4
@@ -80,23 +79,13 @@ def whisper() -> AcousticModel:
     special = tokenizer.get_vocab()
     end, start = special["<|endoftext|>"], special["<|startoftranscript|>"]
     torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=51866, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16, max_source_positions=30,
-        max_target_positions=64, pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start,
-        suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
-    model = WhisperForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.model.decoder.parameters():
-            parameter.mul_(5.0)
+    model = random_whisper(51866, 5.0, end, start)
     vocabulary = vocabulary_of(tokenizer, 51866, end, name="whisper-large-v3")
-    features = FeatureSettings(feature_size=16, sampling_rate=16000, hop_length=160, n_fft=400, chunk_seconds=30)
     languages = {"en": special["<|en|>"], "zh": special["<|zh|>"]}
     tasks = {"transcribe": special["<|transcribe|>"], "translate": special["<|translate|>"]}
     suppressed = tuple(i for i, token in enumerate(vocabulary.tokens) if token is None and i != end)
     tokens = WhisperTokens(start, end, special["<|notimestamps|>"], None, languages, tasks, suppressed, ())
-    return AcousticModel("tiny large-v3", WhisperScorer(model, vocabulary), tokenizer, features, tokens)
+    return AcousticModel("tiny large-v3", WhisperScorer(model, vocabulary), tokenizer, FEATURES, tokens)
 
 
 @pytest.fixture(scope="module")

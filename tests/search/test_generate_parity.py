@@ -7,11 +7,10 @@ import functools
 import pytest
 import torch
 from transformers import LogitsProcessor
-from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput
 
 from shallowfusion.decoder import FusionDecoder
-from tests.tiny import DEVICES, END, NO_TIMESTAMPS, START, decoder_on, random_encoder_output
+from tests.oracles import generated
+from tests.tiny import DEVICES, END, decoder_on, random_encoder_output
 
 UTTERANCES, NEW_TOKENS = 4, 14
 
@@ -40,29 +39,6 @@ class ArticleProcessor(LogitsProcessor):
         return fused
 
 
-def generate(model: FusionDecoder, states: torch.Tensor, num_beams: int, **options: object) -> list[tuple]:
-    """Per utterance the (tokens, score) pairs of transformers' beam search, best first."""
-    prompt = torch.tensor([[START, NO_TIMESTAMPS]] * len(states), device=states.device)
-    found = GenerationMixin.generate(
-        model.acoustic.scorer.model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=states),
-        decoder_input_ids=prompt,
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options,
-    )
-    pairs = []
-    for i, row in enumerate(found.sequences.tolist()):
-        text = row[2:]
-        score = float(found.sequences_scores[i]) if num_beams > 1 else None
-        pairs.append((text[: text.index(END)] if END in text else text, score))
-    return [pairs[i : i + num_beams] for i in range(0, len(pairs), num_beams)]
-
-
 def assert_same(ours: list, theirs: list[list[tuple]]) -> None:
     for result, expected in zip(ours, theirs, strict=True):
         assert [list(h.token_ids) for h in result.n_best] == [tokens for tokens, _ in expected]
@@ -80,7 +56,7 @@ def test_weight_zero_equals_generate_for_every_beam_size(num_beams: int, device:
     model = decoder(num_beams, device)
     states = random_encoder_output(model.acoustic, UTTERANCES, seed=num_beams).to(device)
     ours = model.decode(states, num_beams=num_beams, n_best=num_beams, lm_weight=0.0, **PLAIN)
-    assert_same(ours, generate(model, states, num_beams))
+    assert_same(ours, generated(model, states, num_beams, NEW_TOKENS))
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
@@ -90,7 +66,7 @@ def test_weight_zero_equals_generate_for_length_and_stopping_rules(length_penalt
     states = random_encoder_output(model.acoustic, UTTERANCES, seed=3)
     rules = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     ours = model.decode(states, beam_size=4, n_best=4, lm_weight=0.0, **rules, **PLAIN)
-    assert_same(ours, generate(model, states, 4, **rules))
+    assert_same(ours, generated(model, states, 4, NEW_TOKENS, **rules))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -107,7 +83,7 @@ def test_fusion_equals_generate_with_the_article_s_processor(
         states, num_beams=num_beams, n_best=num_beams, lm_weight=weight, initial_steps=initial_steps,
         end_policy="asr_only", **PLAIN,
     )  # fmt: skip
-    assert_same(ours, generate(model, states, num_beams, logits_processor=[processor]))
+    assert_same(ours, generated(model, states, num_beams, NEW_TOKENS, logits_processor=[processor]))
 
 
 def test_searches_of_these_tests_end_at_different_steps_and_some_are_forced() -> None:
@@ -125,7 +101,7 @@ def test_searches_of_these_tests_end_at_different_steps_and_some_are_forced() ->
 def test_no_group_of_tokens_is_said_twice_as_in_generate(size: int, num_beams: int) -> None:
     model = decoder(1)
     states = random_encoder_output(model.acoustic, UTTERANCES)
-    expected = generate(model, states, num_beams, no_repeat_ngram_size=size)
+    expected = generated(model, states, num_beams, NEW_TOKENS, no_repeat_ngram_size=size)
     ours = model.decode(
         states, lm_weight=0.0, beam_size=num_beams, n_best=num_beams, max_new_tokens=NEW_TOKENS, suppress_blank=False,
         no_repeat_ngram_size=size, min_new_tokens=0,

@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
-from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput
 
 from shallowfusion import DecodingOptions, fusion
 from shallowfusion.decoder import FusionDecoder
@@ -24,6 +22,7 @@ from shallowfusion.search.device_loop import DevicePrograms, device_search
 from shallowfusion.search.loop import SearchOutcome, StageClock, search
 from shallowfusion.values import Hypothesis
 from tests.ctc.joint import ctc_log_prob, tiny_head
+from tests.oracles import by_openai_whisper, generated
 from tests.tiny import (
     END,
     NO_TIMESTAMPS,
@@ -71,31 +70,14 @@ class Suppressed(LogitsProcessor):
         return scores.index_fill(1, torch.tensor(self.tokens), float("-inf"))
 
 
-def generated(
+def by_generate(
     model: FusionDecoder, states: torch.Tensor, num_beams: int, suppressed: tuple[int, ...] = (START,), **options: Any
 ) -> list[list[tuple[list[int], float | None]]]:
-    """Per utterance the (tokens, score) pairs of transformers' search with its own rules for timestamps."""
+    """transformers' search with its own rules for timestamps."""
     names = GenerationConfig(eos_token_id=END)
     names.no_timestamps_token_id, names.max_initial_timestamp_index = NO_TIMESTAMPS, MOST
-    found = GenerationMixin.generate(
-        model.acoustic.scorer.model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=states),
-        decoder_input_ids=torch.full((len(states), 1), START),
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-        logits_processor=[Suppressed(suppressed), WhisperTimeStampLogitsProcessor(names, begin_index=1)],
-        **options,
-    )
-    pairs = []
-    for i, row in enumerate(found.sequences.tolist()):
-        said = row[1:]
-        score = float(found.sequences_scores[i]) if num_beams > 1 else None
-        pairs.append((said[: said.index(END)] if END in said else said, score))
-    return [pairs[i : i + num_beams] for i in range(0, len(pairs), num_beams)]
+    rules = [Suppressed(suppressed), WhisperTimeStampLogitsProcessor(names, begin_index=1)]
+    return generated(model, states, num_beams, NEW_TOKENS, (START,), logits_processor=rules, **options)
 
 
 @pytest.mark.parametrize("suppressed", [(START,), (1, 8, 22, START, 45)])
@@ -107,7 +89,7 @@ def test_greedy_and_beam_decodes_equal_generate(seed: int, num_beams: int, suppr
     options = {**OPTIONS, "suppress_tokens": suppressed}
     ours = model.decode(states, beam_size=num_beams, n_best=num_beams, **options)
     said: set[int] = set()
-    for result, expected in zip(ours, generated(model, states, num_beams, suppressed), strict=True):
+    for result, expected in zip(ours, by_generate(model, states, num_beams, suppressed), strict=True):
         assert [list(h.token_ids) for h in result.n_best] == [tokens for tokens, _ in expected]
         for hypothesis, (_, score) in zip(result.n_best, expected, strict=True):
             assert score is None or hypothesis.score == pytest.approx(score, abs=1e-4)
@@ -121,36 +103,24 @@ def test_forbidden_repetitions_are_not_weighed_as_in_generate(size: int) -> None
     model = decoder(1)
     states = random_encoder_output(model.acoustic, 4, 5)
     ours = model.decode(states, beam_size=3, n_best=3, no_repeat_ngram_size=size, **OPTIONS)
-    expected = generated(model, states, 3, no_repeat_ngram_size=size)
+    expected = by_generate(model, states, 3, no_repeat_ngram_size=size)
     assert [[list(h.token_ids) for h in result.n_best] for result in ours] == [
         [tokens for tokens, _ in own] for own in expected
     ]
 
 
-@torch.inference_mode()
-def by_openai_whisper(model: FusionDecoder, states: torch.Tensor, beam_size: int) -> dict[tuple[int, ...], float]:
-    """openai-whisper's loop for one recording: what it finds and the sum of its log-probs."""
+def timed_by_openai_whisper(model: FusionDecoder, states: torch.Tensor, beam_size: int) -> dict[tuple[int, ...], float]:
+    """openai-whisper's search for one recording: what it finds and the sum of its log-probs."""
     decoding = pytest.importorskip("whisper.decoding")
-    whisper = model.acoustic.scorer.model
     names = SimpleNamespace(no_timestamps=NO_TIMESTAMPS, timestamp_begin=BEGIN, eot=END)
     rules = decoding.ApplyTimestampRules(names, 1, MOST)
-    found = decoding.BeamSearchDecoder(beam_size, END, SimpleNamespace(rearrange_kv_cache=lambda sources: None))
-    if beam_size == 1:
-        found = decoding.GreedyDecoder(0.0, END)
-    tokens, totals = torch.full((beam_size, 1), START), torch.zeros(beam_size)
-    for _ in range(NEW_TOKENS):
-        hidden = whisper.model.decoder(
-            input_ids=tokens, encoder_hidden_states=states.expand(beam_size, -1, -1), use_cache=False
-        ).last_hidden_state
-        logits = whisper.proj_out(hidden[:, -1])
+
+    def filtered(logits: torch.Tensor, tokens: torch.Tensor) -> None:
         logits[:, START] = float("-inf")
         rules.apply(logits, tokens)
-        tokens, completed = found.update(tokens, logits, totals)
-        if completed:
-            break
-    rows, sums = found.finalize(tokens.reshape(1, beam_size, -1), totals.reshape(1, -1))
-    texts = [tuple(row[1 : (row == END).nonzero()[0, 0]].tolist()) for row in rows[0]]
-    return dict(zip(texts, sums[0], strict=True))
+
+    texts, sums = by_openai_whisper(model, states, beam_size, NEW_TOKENS, (START,), filtered=filtered)
+    return dict(zip(map(tuple, texts), sums, strict=True))
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 5])
@@ -164,7 +134,7 @@ def test_greedy_and_beam_decodes_equal_openai_whisper(seed: int, beam_size: int)
     plan = dataclasses.replace(own.plan, normalize="local")
     outcomes = search(own.scorers, own.contexts, own.names, plan, StageClock())
     for outcome, each in zip(outcomes, states, strict=True):
-        theirs = by_openai_whisper(model, each[None], beam_size)
+        theirs = timed_by_openai_whisper(model, each[None], beam_size)
         ours = {hypothesis.token_ids: hypothesis.total for hypothesis in outcome.hypotheses}
         assert ours == pytest.approx(theirs, abs=1e-4)
 

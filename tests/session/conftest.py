@@ -74,7 +74,7 @@ def spied_pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def assert_nothing_is_left(session: DecoderSession) -> None:
     """After `close`: no job, no cohort, no model state."""
-    engine = session._engine
+    engine = session._worker.engine
     assert engine.is_empty
     assert engine.jobs == []
     assert engine.reserved_bytes == 0

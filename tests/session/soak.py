@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from shallowfusion import FusionDecoder, fusion
 from shallowfusion.results import Transcription
+from tests.ctc.joint import tiny_head
 from tests.session.conftest import BASE, alone, assert_nothing_is_left, assert_same
 from tests.tiny import random_encoder_output, tiny_lm, tiny_whisper
 
@@ -36,7 +38,7 @@ def soak(searches: int, seed: int = 0) -> dict[str, float]:
         "finished", "cancelled", "compared", and "growth_mb": resident memory at the end less that after a third.
     """
     draw = random.Random(seed)
-    decoder = FusionDecoder(tiny_whisper(1), [tiny_lm(2), tiny_lm(9)])
+    decoder = FusionDecoder(dataclasses.replace(tiny_whisper(1), ctc_head=tiny_head(1)), [tiny_lm(2), tiny_lm(9)])
     decoder.prefixes.resize(200_000)
     recordings = random_encoder_output(decoder.acoustic, 20)
     recordings[7, 3] = float("nan")
@@ -70,9 +72,11 @@ def soak(searches: int, seed: int = 0) -> dict[str, float]:
 def random_options(draw: random.Random) -> dict[str, Any]:
     width = draw.randint(1, 6)
     prompt = "".join(chr(97 + draw.randrange(26)) for _ in range(draw.choice([0, 3, 20, 40])))
+    rule = draw.choice(RULES)
     return {
         **BASE,
-        "rule": draw.choice(RULES),
+        "rule": rule,
+        "ctc_weight": draw.choice([0.0, 0.4]) if rule.mixture is None and rule.normalize("lm") == "none" else 0.0,
         "beam_size": width,
         "n_best": draw.randint(1, width),
         "max_new_tokens": draw.randint(1, 16),

@@ -87,6 +87,19 @@ def test_a_step_that_breaks_ends_those_that_ran_and_the_session_goes_on(one_lm, 
     assert_nothing_is_left(session)
 
 
+def test_whoever_has_an_answer_finds_it_counted(one_lm, recordings) -> None:
+    counted: list[tuple[int, int]] = []
+
+    def count(future) -> None:
+        told = session.statistics()
+        counted.append((told.finished, told.failed))
+
+    with one_lm.session(max_utterances=1) as session:
+        for item in (recordings[0], "nowhere.wav", recordings[1]):
+            session.submit(item, **BASE).add_done_callback(count)
+    assert sorted(counted) == [(1, 0), (1, 1), (2, 1)]
+
+
 def test_recordings_that_cannot_be_encoded_together_are_encoded_alone(one_lm, monkeypatch) -> None:
     scorer, settings = one_lm.acoustic.scorer, one_lm.acoustic.features
     config = scorer.model.config

@@ -51,7 +51,7 @@ def test_a_failure_of_the_session_itself_reaches_everybody_who_waits(
     def broken(job: Any, beside: Any = ()) -> bool:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(session._engine, "has_room", broken)
+    monkeypatch.setattr(session._worker.engine, "has_room", broken)
     future = session.submit(recordings[0], **BASE)
     with pytest.raises(SessionError, match="a defect"):
         future.result(timeout=60)

@@ -3,6 +3,7 @@ tests.session.thread_soak 60`."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import sys
@@ -20,6 +21,7 @@ from shallowfusion.errors import CapacityError, SessionError
 from shallowfusion.results import Transcription
 from shallowfusion.scorers.page_pool import PagePool
 from shallowfusion.session.front import DecoderSession
+from tests.ctc.joint import tiny_head
 from tests.session.conftest import alone, assert_nothing_is_left, assert_same
 from tests.session.soak import random_options, resident_bytes
 from tests.tiny import random_encoder_output, tiny_lm, tiny_whisper
@@ -84,7 +86,7 @@ def thread_soak(seconds: float, seed: int = 0, sessions: int = 1) -> dict[str, f
         third of the time.
     """
     draw = random.Random(seed)
-    decoder = FusionDecoder(tiny_whisper(1), [tiny_lm(2), tiny_lm(9)])
+    decoder = FusionDecoder(dataclasses.replace(tiny_whisper(1), ctc_head=tiny_head(1)), [tiny_lm(2), tiny_lm(9)])
     decoder.prefixes.resize(200_000)
     recordings = random_encoder_output(decoder.acoustic, 12)
     recordings[7, 3] = float("nan")

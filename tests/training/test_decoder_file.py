@@ -13,7 +13,7 @@ import torch
 from shallowfusion import DecodingOptions, FusionDecoder, fusion
 from shallowfusion.cli.configuration import apply_configuration
 from shallowfusion.cli.main import main
-from shallowfusion.cli.transcribe import options_from
+from shallowfusion.cli.transcribe import add_decoding_options, add_model_options, options_from
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.scorers.fingerprints import tensor_fingerprint
 from shallowfusion.training.decoder_file import DecoderFile, saved_options
@@ -89,10 +89,26 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path, changes: dict, wor
         DecoderFile.load(tmp_path / "d.json")
 
 
-def test_an_option_the_command_line_lacks_is_named(tmp_path: Path, capsys) -> None:
+def test_an_option_the_command_line_lacks_is_named(tmp_path: Path) -> None:
     file(DecodingOptions(coverage="gnmt")).save(tmp_path / "d.json")
-    assert main(["transcribe", "x.wav", "--config", str(tmp_path / "d.json")]) == 2
-    assert "sets coverage, which the command line has no option for" in capsys.readouterr().err
+    arguments = argparse.Namespace(config=tmp_path / "d.json", keep_blank=False, hotword=None)
+    with pytest.raises(InvalidArgumentError, match="sets coverage, which the command line has no option for"):
+        apply_configuration(arguments)
+
+
+def test_options_of_every_kind_come_out_of_the_file_as_they_went_in(tmp_path: Path) -> None:
+    options = DecodingOptions(
+        coverage="gnmt", coverage_weight=0.2, min_attention_centre=0.5, lm_temperature=(0.9, 1.1),
+        suppress_tokens=[3, 4], hotwords={"stent": 3.0}, end_threshold=None, length_penalty=0.5, suppress_blank=False,
+        early_stopping="never",
+    )  # fmt: skip
+    file(options).save(tmp_path / "d.json")
+    parser = argparse.ArgumentParser()
+    add_model_options(parser, is_required=False)
+    add_decoding_options(parser)
+    arguments = parser.parse_args(["--config", str(tmp_path / "d.json")])
+    apply_configuration(arguments)
+    assert replace(options_from(arguments), rule=None) == options
 
 
 def test_the_trained_context_is_named_with_its_fingerprint_and_another_is_refused(tmp_path: Path) -> None:
