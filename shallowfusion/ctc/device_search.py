@@ -15,6 +15,7 @@ from shallowfusion.config import require
 from shallowfusion.ctc.device_frames import FrameBlock, FrameErrors, blocks_of, note_losses
 from shallowfusion.ctc.device_results import hypotheses_of
 from shallowfusion.ctc.device_step import Beam, DeviceRules, Frame, Trail, advance, fresh_beam
+from shallowfusion.ctc.device_texts import trackers_of
 from shallowfusion.ctc.results import CtcLive, CtcResult, frames_of, results_of, start_states_of
 from shallowfusion.ctc.search import MAX_UTTERANCES, check_settings, label_words, merges_texts
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
@@ -54,14 +55,10 @@ class DeviceCtcState:
 def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None) -> str | None:
     """Why these settings cannot be searched on a device, with the cure; None = they can."""
     native = 'or let the native search decode (backend="native").'
-    if language is not None and language.unit == "words":
-        return f'a word-level language model needs words spelled out; give CtcLanguage(table, unit="labels") {native}'
     if language is not None and not hasattr(language.table, "dense"):
         return f"a language model that is asked in Python; give an NgramTable {native}"
-    if options.hotwords:
-        return f"hotwords need words spelled out; leave them out {native}"
-    if options.word_bonus != 0:
-        return f"word_bonus={options.word_bonus} needs words; use length_bonus {native}"
+    if language is not None and language.score_empty_word:
+        return f"score_empty_word is not known there; leave it False {native}"
     if options.places != "prefixes":
         return f"places={options.places!r} is not searched there; use places='prefixes' {native}"
     if options.times != "best":
@@ -118,8 +115,10 @@ class DeviceCtcSearch:
         if language is not None and table is None:
             table = DeviceNgramTable(cast(NgramTableProtocol, language.table), self.device)
         self.table = table
-        words = label_words(alphabet, language)
-        self.rules = DeviceRules(alphabet, self.options, self.device, table, words)
+        is_of_labels = language is not None and language.unit == "labels"
+        words = label_words(alphabet, language) if is_of_labels else None
+        trackers = trackers_of(alphabet, self.options, language, self.device)
+        self.rules = DeviceRules(alphabet, self.options, self.device, table, words, trackers)
         self._graphs: dict[int, CapturedFrame] = {}
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DeviceCtcState:
@@ -127,7 +126,9 @@ class DeviceCtcSearch:
         default = 0 if self.language is None else self.language.start_state
         states = torch.tensor(start_states_of(start_states, count, default), dtype=torch.int64, device=self.device)
         return DeviceCtcState(
-            fresh_beam(states, self.options.beam_size), torch.zeros_like(states), FrameErrors.none(count, self.device)
+            fresh_beam(states, self.options.beam_size, self.rules.trackers),
+            torch.zeros_like(states),
+            FrameErrors.none(count, self.device),
         )
 
     @torch.no_grad()
@@ -205,12 +206,8 @@ class DeviceCtcSearch:
     @torch.no_grad()
     def _results(self, state: DeviceCtcState, n_best: int, ended: bool) -> list[CtcResult]:
         count = integer("n_best", n_best, 1, LARGEST_INTEGER)
-        scores_end = ended and self.language is not None and self.language.score_boundary
-        end_scores = None
-        if scores_end and self.table is not None:
-            states = state.beam.lm_state
-            end_scores = self.table.end(states.reshape(-1)).double().view_as(states)
-        found = hypotheses_of(state.beam, state.trails, self.rules, self.alphabet, end_scores, count)
+        scores_end = self.language is not None and self.language.score_boundary
+        found = hypotheses_of(state.beam, state.trails, self.rules, self.alphabet, count, ended, scores_end)
         messages = state.errors.messages()
         answers = [(message, [] if message else own) for message, own in zip(messages, found, strict=True)]
         return results_of(answers, state.num_frames)
@@ -224,7 +221,7 @@ class CapturedFrame:
     """
 
     def __init__(self, beam: Beam, frame: Frame, rules: DeviceRules) -> None:
-        self._beam = Beam(*(tensor.clone() for tensor in beam.tensors()))
+        self._beam = Beam.of([tensor.clone() for tensor in beam.tensors()])
         self._frame = Frame(*(getattr(frame, name).clone() for name in FRAME_FIELDS))
         aside = torch.cuda.Stream(rules.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(rules.device))
@@ -243,7 +240,7 @@ class CapturedFrame:
             kept.copy_(new)
 
     def beam_copy(self) -> Beam:
-        return Beam(*(tensor.clone() for tensor in self._beam.tensors()))
+        return Beam.of([tensor.clone() for tensor in self._beam.tensors()])
 
     def replay(self, frame: Frame) -> Trail:
         """One frame on; the trail is overwritten by the next."""
