@@ -22,6 +22,7 @@ from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.ngrams.device_table import DeviceNgramTable
 from shallowfusion.ngrams.table import NgramTableProtocol
+from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
 
 __all__ = ["DeviceCtcSearch", "DeviceCtcState", "device_obstacle"]
 
@@ -93,6 +94,7 @@ class DeviceCtcSearch:
         options: beams to 1,000.
         language: an n-gram model of labels, None = none.
         device: where the search runs; scores that are elsewhere are copied.
+        table, phrases: the language model on the device, and the automaton of the hotwords, if they were made before.
 
     Raises:
         InvalidArgumentError: settings that the device search does not know; the message names the cure.
@@ -106,6 +108,7 @@ class DeviceCtcSearch:
         language: CtcLanguage | None = None,
         device: str | torch.device = "cpu",
         table: DeviceNgramTable | None = None,
+        phrases: PhraseAutomatonProtocol | None = None,
     ) -> None:
         self.alphabet, self.options, self.language = alphabet, options or CtcOptions(), language
         self.device = torch.device(device)
@@ -117,7 +120,7 @@ class DeviceCtcSearch:
         self.table = table
         is_of_labels = language is not None and language.unit == "labels"
         words = label_words(alphabet, language) if is_of_labels else None
-        trackers = trackers_of(alphabet, self.options, language, self.device)
+        trackers = trackers_of(alphabet, self.options, language, self.device, phrases)
         self.rules = DeviceRules(alphabet, self.options, self.device, table, words, trackers)
         self._graphs: dict[int, CapturedFrame] = {}
 

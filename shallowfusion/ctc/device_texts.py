@@ -12,7 +12,7 @@ from torch import Tensor
 from shallowfusion.ctc.device_lexicon import DeviceLexicon
 from shallowfusion.ctc.hotwords import phrase_patterns
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
-from shallowfusion.phrases.automaton import PhraseAutomaton
+from shallowfusion.phrases.automaton import PhraseAutomaton, PhraseAutomatonProtocol
 from shallowfusion.phrases.device_tables import DevicePhraseTable
 from shallowfusion.phrases.label_arcs import label_arcs
 
@@ -90,19 +90,13 @@ class PhraseTracker:
     """Hotwords that are phrases, through the automaton of their bytes; a site is its state with the flags of the text.
 
     Args:
-        alphabet, options: see `phrase_patterns`.
-        dense_bytes: see `DevicePhraseTable`; None = its own limit.
+        alphabet: the labels.
+        automaton: of the bytes of texts, see `phrase_patterns`.
     """
 
-    def __init__(
-        self, alphabet: CtcAlphabet, options: CtcOptions, device: torch.device, dense_bytes: int | None = None
-    ) -> None:
-        patterns = phrase_patterns(alphabet, options)
-        assert patterns is not None
-        automaton = PhraseAutomaton(patterns)
+    def __init__(self, alphabet: CtcAlphabet, automaton: PhraseAutomatonProtocol, device: torch.device) -> None:
         arcs = label_arcs(automaton, [piece.text.encode() for piece in alphabet.pieces])
-        limit = {} if dense_bytes is None else {"dense_bytes": dense_bytes}
-        self.table = DevicePhraseTable(arcs, device, **limit)
+        self.table = DevicePhraseTable(arcs, device)
         everywhere = np.arange(arcs.num_states)
         gains, after = automaton.say(everywhere, np.full_like(everywhere, ord(" ")))
         self._space_gains = torch.from_numpy(gains + arcs.closing).to(device)  # a space ends every word
@@ -180,12 +174,23 @@ class WordTracker:
 
 
 def trackers_of(
-    alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None, device: torch.device
+    alphabet: CtcAlphabet,
+    options: CtcOptions,
+    language: CtcLanguage | None,
+    device: torch.device,
+    phrases: PhraseAutomatonProtocol | None = None,
 ) -> Sequence[TextTracker]:
-    """What these settings need to know of texts; words last."""
+    """What these settings need to know of texts; words last.
+
+    Args:
+        phrases: the automaton of their hotwords, None = it is made here.
+    """
     found: list[TextTracker] = []
-    if options.weighted_hotwords and options.hotword_form == "phrases":
-        found.append(PhraseTracker(alphabet, options, device))
+    patterns = phrase_patterns(alphabet, options) if phrases is None else None
+    if patterns is not None:
+        phrases = PhraseAutomaton(patterns)
+    if phrases is not None:
+        found.append(PhraseTracker(alphabet, phrases, device))
     is_of_words = language is not None and language.unit == "words"
     if options.hotword_list or options.word_bonus != 0 or is_of_words:
         found.append(WordTracker(alphabet, DeviceLexicon(alphabet, options, language, device), device))

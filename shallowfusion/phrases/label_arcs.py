@@ -5,19 +5,39 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
+__all__ = ["LabelArcs", "WalkedProtocol", "label_arcs"]
 
-__all__ = ["LabelArcs", "label_arcs"]
+Float32Array = npt.NDArray[np.float32]
 
 Doubles = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 Arcs = tuple[Int64Array, Int64Array, Doubles]  # keys, states, gains
 SLICE = 2**18  # arcs looked at together
+
+
+class WalkedProtocol(Protocol):
+    """What labels can be walked through; each method as `PhraseAutomatonProtocol` has it."""
+
+    @property
+    def start_state(self) -> int: ...
+
+    @property
+    def shared_state(self) -> int: ...
+
+    def turns(self) -> tuple[Int64Array, Int64Array, npt.NDArray[np.int32]]: ...
+
+    def say(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> tuple[Doubles, Int64Array]: ...
+
+    def ends_words(self, tokens: npt.ArrayLike) -> npt.NDArray[np.bool_]: ...
+
+    def closing(self, states: npt.ArrayLike) -> Float32Array: ...
+
+    def held(self, states: npt.ArrayLike) -> Float32Array: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +111,7 @@ class Walks:
         return Walks(self.rows[mask], self.nodes[mask], self.states[mask], self.gains[mask])
 
 
-def label_arcs(automaton: PhraseAutomatonProtocol, labels: Sequence[Sequence[int]]) -> LabelArcs:
+def label_arcs(automaton: WalkedProtocol, labels: Sequence[Sequence[int]]) -> LabelArcs:
     """Walk all labels from all states, as far as they differ from the fallback's.
 
     Price: O(arcs * log(arcs)); from states inside of a phrase that is a handful per state.
@@ -160,7 +180,7 @@ def _tree(labels: Sequence[Sequence[int]]) -> Spellings:
 
 
 def _said(
-    automaton: PhraseAutomatonProtocol, rows: Int64Array, nodes: Int64Array, states: Int64Array, gains: Doubles | None,
+    automaton: WalkedProtocol, rows: Int64Array, nodes: Int64Array, states: Int64Array, gains: Doubles | None,
     tree: Spellings,
 ) -> Walks:  # fmt: skip
     """One symbol on, to `nodes`; `gains` None = at the beginning, where what an ended word gains is not counted."""
@@ -181,7 +201,7 @@ def _children(walks: Walks, tree: Spellings) -> tuple[Int64Array, Int64Array]:
     return numbers, np.arange(len(numbers)) - np.repeat(ends - counts, counts) + np.repeat(first, counts)
 
 
-def _defaults(automaton: PhraseAutomatonProtocol, tree: Spellings, states: Int64Array) -> Walks:
+def _defaults(automaton: WalkedProtocol, tree: Spellings, states: Int64Array) -> Walks:
     """The walks of both fallbacks to every node, node by node."""
     level = Walks(np.arange(2), np.zeros(2, np.int64), states, np.zeros(2))
     parts = [level]
@@ -195,9 +215,7 @@ def _defaults(automaton: PhraseAutomatonProtocol, tree: Spellings, states: Int64
     return whole.kept(order)
 
 
-def _arcs(
-    automaton: PhraseAutomatonProtocol, tree: Spellings, walks: Walks, rows: Int64Array, known: Walks
-) -> Iterable[Arcs]:
+def _arcs(automaton: WalkedProtocol, tree: Spellings, walks: Walks, rows: Int64Array, known: Walks) -> Iterable[Arcs]:
     """Keys, states and gains of all labels whose symbols begin as the walks."""
     num_labels = len(tree.labels)
     while len(walks.rows):
