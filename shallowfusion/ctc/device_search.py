@@ -77,22 +77,24 @@ class DeviceCtcSearch:
     """`CtcSearchProtocol` in torch, for scores on a GPU; the same code runs on CPU tensors.
 
     What it maximises and how it prunes is what `CtcSearch` does; masses are float64 logs and prefixes are known by a
-    64-bit hash (see `Beam`). An n-gram model of labels is looked up where the scores are, for all prefixes and the
-    `top_labels` of a frame. Words, hotwords, single paths and scores of the caller's own are refused
-    (`device_obstacle`). Of labels that tie at -inf any may be looked at; they make no hypothesis.
+    64-bit hash (see `Beam`). An n-gram model is looked up where the scores are, for all prefixes and the `top_labels`
+    of a frame; phrases and words are followed there (`TextTracker`). Merging equal texts of different labels, single
+    paths and scores of the caller's own are refused (`device_obstacle`). Of labels that tie at -inf any may be looked
+    at; they make no hypothesis.
 
     Nothing synchronises within a frame; on CUDA a frame is one replayed graph. A `step` synchronises once per block of
     2^25 scores with `blank_skip`, which joins a run of frames that are blank alone, and where lengths are given on the
     device. `results` and `end` synchronise.
 
-    Price per frame: some 100 small launches in one graph, whatever the batch; per utterance O(beam_size * (4 +
-    log(beam_size))) pairs, O(beam_size * top_labels) with a language model. Memory: 8 bytes per frame and place of
-    the beam (frames joined by `blank_skip` count once), kept until the state goes.
+    Price per frame: some 170 small launches in one graph, whatever the batch, 200 with phrases and 350 with a word
+    3-gram too; per utterance O(beam_size * (4 + log(beam_size))) pairs, O(beam_size * top_labels) with a language
+    model, phrases or words. Memory: 8 bytes per frame and place of the beam (frames joined by `blank_skip` count once),
+    kept until the state goes; tables of phrases and words as `DevicePhraseTable` says.
 
     Args:
         alphabet: the labels of the scores.
         options: beams to 1,000.
-        language: an n-gram model of labels, None = none.
+        language: an n-gram model of labels or words, None = none.
         device: where the search runs; scores that are elsewhere are copied.
         table, phrases: the language model on the device, and the automaton of the hotwords, if they were made before.
 
