@@ -55,7 +55,7 @@ def hypotheses_of(
     scores: dict[str, Doubles] = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
     states = lm_states.cpu().numpy()
     num_utterances, size = scores["mass"].shape
-    by_text = alphabet.delimiter is not None and alphabet.is_ambiguous
+    by_text = alphabet.delimiter is not None and alphabet.is_ambiguous and rules.spelling is None
     if by_text:
         everywhere = np.broadcast_to(np.arange(size), (num_utterances, size))
         spelled = _spelled(beam, trails, everywhere)
@@ -81,6 +81,8 @@ def hypotheses_of(
 
 def _text_hashes(beam: Beam, rules: DeviceRules) -> Tensor:
     """Equal where texts are: a delimiter at the end does not show."""
+    if rules.spelling is not None:
+        return rules.spelling.texts(beam.sites[rules.trackers.index(rules.spelling)])
     return torch.where(beam.last == rules.delimiter, beam.parent_hash, beam.hash) if rules.delimiter >= 0 else beam.hash
 
 

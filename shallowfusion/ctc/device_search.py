@@ -17,7 +17,7 @@ from shallowfusion.ctc.device_results import hypotheses_of
 from shallowfusion.ctc.device_step import Beam, DeviceRules, Frame, Trail, advance, fresh_beam
 from shallowfusion.ctc.device_texts import trackers_of
 from shallowfusion.ctc.results import CtcLive, CtcResult, frames_of, results_of, start_states_of
-from shallowfusion.ctc.search import MAX_UTTERANCES, check_settings, label_words, merges_texts
+from shallowfusion.ctc.search import MAX_UTTERANCES, check_settings, label_words
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.ngrams.device_table import DeviceNgramTable
@@ -68,8 +68,6 @@ def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLan
         return f"history_words={options.history_words} needs words; use 0 {native}"
     if options.beam_size > LARGEST_BEAM:
         return f"beam_size must be at most {LARGEST_BEAM}, got {options.beam_size}; take a smaller one {native}"
-    if merges_texts(alphabet, options, language):
-        return f"different labels may spell the same text; set merge_texts=False to keep them apart {native}"
     return None
 
 
@@ -78,18 +76,18 @@ class DeviceCtcSearch:
 
     What it maximises and how it prunes is what `CtcSearch` does; masses are float64 logs and prefixes are known by a
     64-bit hash (see `Beam`). An n-gram model is looked up where the scores are, for all prefixes and the `top_labels`
-    of a frame; phrases and words are followed there (`TextTracker`). Merging equal texts of different labels, single
-    paths and scores of the caller's own are refused (`device_obstacle`). Of labels that tie at -inf any may be looked
-    at; they make no hypothesis.
+    of a frame; phrases and words are followed there (`TextTracker`), equal texts of different labels joined
+    (`device_merging`). Single paths and scores of the caller's own are refused (`device_obstacle`). Of labels that tie
+    at -inf any may be looked at; they make no hypothesis.
 
     Nothing synchronises within a frame; on CUDA a frame is one replayed graph. A `step` synchronises once per block of
     2^25 scores with `blank_skip`, which joins a run of frames that are blank alone, and where lengths are given on the
     device. `results` and `end` synchronise.
 
-    Price per frame: some 170 small launches in one graph, whatever the batch, 200 with phrases and 350 with a word
-    3-gram too; per utterance O(beam_size * (4 + log(beam_size))) pairs, O(beam_size * top_labels) with a language
-    model, phrases or words. Memory: 8 bytes per frame and place of the beam (frames joined by `blank_skip` count once),
-    kept until the state goes; tables of phrases and words as `DevicePhraseTable` says.
+    Price per frame: some 170 small launches in one graph, whatever the batch, 200 with phrases, 350 with a word 3-gram
+    too, and 140 more to join equal texts; per utterance O(beam_size * (4 + log(beam_size))) pairs, O(beam_size *
+    top_labels) with a language model, phrases or words. Memory: 8 bytes per frame and place of the beam (frames joined
+    by `blank_skip` count once), kept until the state goes; tables of phrases and words as `DevicePhraseTable` says.
 
     Args:
         alphabet: the labels of the scores.

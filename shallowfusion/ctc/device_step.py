@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from shallowfusion.ctc.device_texts import TextTracker, WordTracker
+from shallowfusion.ctc.device_merging import candidates_of, joined
+from shallowfusion.ctc.device_texts import SpellingTracker, TextTracker, WordTracker
 from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
 from shallowfusion.ngrams.device_table import DeviceNgramTable
 
@@ -92,8 +93,8 @@ class DeviceRules:
     Without a language model the increments of a label are those of all prefixes alike. Then prefix i (from 0, best
     first) with the j-th best label is behind (i + 1) * (j + 1) - 1 other pairs, save up to `exceptions` of each prefix:
     its last label, the blank, a delimiter at a boundary. Pairs with beam_size such pairs before them are left out:
-    about beam_size * (4 + log(beam_size)) of beam_size * labels remain, and no result changes. With a language model,
-    or texts to be followed, all pairs are looked at.
+    about beam_size * (4 + log(beam_size)) of beam_size * labels remain, and no result changes; some twice as many where
+    equal texts are joined. With a language model, phrases or words all pairs are looked at.
 
     Args:
         device: where the tensors are.
@@ -119,13 +120,15 @@ class DeviceRules:
         self.add: Callable[[Tensor, Tensor], Tensor] = torch.maximum if self.use_max else torch.logaddexp
         exceptions = 2 if self.delimiter < 0 else 3
         top = num_labels if top_labels is None else min(top_labels, num_labels)
-        looks_at_all = table is not None or len(trackers) > 0
-        self.looked_at = top if looks_at_all else min(top, beam_size + exceptions)
+        self.spelling = next((tracker for tracker in trackers if isinstance(tracker, SpellingTracker)), None)
+        looks_at_all = table is not None or any(tracker is not self.spelling for tracker in trackers)
+        wanted = beam_size if self.spelling is None else candidates_of(beam_size)
+        self.looked_at = top if looks_at_all else min(top, wanted + exceptions)
         pairs = [(i, -1) for i in range(beam_size)]
         numbers = list(range(beam_size))  # of stays; pairs are numbered behind them
         for i in range(beam_size):
             for j in range(self.looked_at):
-                if not looks_at_all and (i + 1) * (j + 1 - exceptions) > beam_size:
+                if not looks_at_all and (i + 1) * (j + 1 - exceptions) > wanted:
                     break
                 numbers.append(len(numbers))
                 pairs.append((i, j))
@@ -232,9 +235,37 @@ def advance(beam: Beam, frame: Frame, rules: DeviceRules) -> tuple[Beam, Trail]:
     stay_rank = rules.add(stays.blank, stays.label) + rules.held(beam.sites)
     ranks = torch.cat([stay_rank, extensions.rank], 1).index_select(1, rules.order)
     ranks, chosen = ranks.sort(dim=1, descending=True, stable=True)
-    ranks, chosen = ranks[:, : rules.beam_size], rules.order[chosen[:, : rules.beam_size]]
+    masses = None
+    if rules.spelling is None:
+        ranks, chosen = ranks[:, : rules.beam_size], rules.order[chosen[:, : rules.beam_size]]
+    else:
+        chosen = rules.order[chosen[:, : candidates_of(rules.beam_size)]]
+        ranks, chosen, masses = _joined_texts(beam, rules, stays, extensions, chosen)
     is_live = (ranks > IMPOSSIBLE) & (ranks >= ranks[:, :1] - rules.margin)
-    return _chosen(beam, frame, rules, stays, extensions, chosen, is_live)
+    return _chosen(beam, frame, rules, stays, extensions, chosen, is_live, masses)
+
+
+def _joined_texts(
+    beam: Beam, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Ranks and numbers of the best candidates once equal texts are one, and their masses in blank and label."""
+    is_stay = chosen < rules.beam_size
+    parent, pair = chosen.clamp(max=rules.beam_size - 1), (chosen - rules.beam_size).clamp_(min=0)
+
+    def either(stay: Tensor, extension: Tensor) -> Tensor:
+        return torch.where(is_stay, stay.gather(1, parent), extension.gather(1, pair))
+
+    sites = [either(own, other) for own, other in zip(beam.sites, extensions.sites, strict=True)]
+    assert rules.spelling is not None
+    texts = rules.spelling.open_texts(sites[rules.trackers.index(rules.spelling)])
+    blank = stays.blank.gather(1, parent).masked_fill(~is_stay, IMPOSSIBLE)
+    blank, label = joined(
+        texts, either(beam.last, extensions.label), blank, either(stays.label, extensions.mass), rules.add
+    )
+    ranks, places = (rules.add(blank, label) + rules.held(sites)).sort(dim=1, descending=True, stable=True)
+    places = places[:, : rules.beam_size]
+    masses = blank.gather(1, places), label.gather(1, places)
+    return ranks[:, : rules.beam_size], chosen.gather(1, places), masses
 
 
 def _found(ordered: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,8 +340,10 @@ def _extensions(beam: Beam, both: Tensor, frame: Frame, rules: DeviceRules, orde
 
 
 def _chosen(
-    beam: Beam, frame: Frame, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor, is_live: Tensor
-) -> tuple[Beam, Trail]:
+    beam: Beam, frame: Frame, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor, is_live: Tensor,
+    masses: tuple[Tensor, Tensor] | None,
+) -> tuple[Beam, Trail]:  # fmt: skip
+    """The beam of the chosen candidates; `masses` in place of their own, where equal texts were joined."""
     size = rules.beam_size
     is_stay = chosen < size
     pair = (chosen - size).clamp_(min=0)
@@ -343,6 +376,10 @@ def _chosen(
         last=either(beam.last, extensions.label),
         sites=tuple(either(own, other) for own, other in zip(beam.sites, extensions.sites, strict=True)),
     )
+    if masses is not None:
+        blank, label = (own.masked_fill(is_dead, IMPOSSIBLE) for own in masses)
+        new.blank, new.blank_best = blank, new.blank_best.masked_fill(blank == IMPOSSIBLE, IMPOSSIBLE)
+        new.label, new.label_best = label, new.label_best.masked_fill(label == IMPOSSIBLE, IMPOSSIBLE)
     is_active = (frame.numbers >= 0)[:, None]
     kept = [torch.where(is_active, one, other) for one, other in zip(new.tensors(), beam.tensors(), strict=True)]
     blank_code = stays.codes[..., 0].gather(1, parent)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from shallowfusion.ctc.device_lexicon import DeviceLexicon
 from shallowfusion.ctc.hotwords import phrase_patterns
+from shallowfusion.ctc.search import merges_texts
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.phrases.automaton import PhraseAutomaton, PhraseAutomatonProtocol
 from shallowfusion.phrases.device_tables import DevicePhraseTable
 from shallowfusion.phrases.label_arcs import label_arcs
 
-__all__ = ["PhraseTracker", "TextTracker", "WordTracker", "trackers_of"]
+__all__ = ["PhraseTracker", "SpellingTracker", "TextTracker", "WordTracker", "trackers_of"]
 
 OPEN, BEGUN, AFTER_END = 1, 2, 4  # a word is being spelled; the text is not empty; the last label ended its word
 BEGINS, ENDS, HAS_TEXT = 1, 2, 4  # of labels
@@ -24,6 +25,8 @@ CLOSES, SAYS_SPACE = 8, 16  # a label ends the word before it; it stands behind 
 FLAGS = 8
 MOST_CHARACTERS = 4095  # of a word, counted
 USUAL_WORD = 6  # characters; longer unknown words cost more
+HASH_FACTOR = 6364136223846793005
+HASHES = 2**61
 
 
 class TextTracker(Protocol):
@@ -173,6 +176,57 @@ class WordTracker:
         return self.lexicon.gains[sites // (FLAGS * (MOST_CHARACTERS + 1))].masked_fill(sites & OPEN == 0, 0.0)
 
 
+class SpellingTracker:
+    """A text itself, by a hash of 61 bits of its letters and the flags of the site; nothing is gained.
+
+    Two texts of one utterance are taken for one with a probability as in `Beam`, eight times that.
+
+    Args:
+        alphabet: the labels.
+    """
+
+    def __init__(self, alphabet: CtcAlphabet, device: torch.device) -> None:
+        factors, sums = zip(*(appended(piece.text) for piece in alphabet.pieces), strict=True)
+        self._factors = torch.tensor(factors, dtype=torch.int64, device=device)
+        self._sums = torch.tensor(sums, dtype=torch.int64, device=device)
+        self._space = appended(" ")
+        self._flags = TextFlags(alphabet, device)
+
+    @property
+    def start(self) -> int:
+        return 0
+
+    def extended(self, sites: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        flags, texts = self._flags.moved(sites, labels), sites >> 3
+        factor, more = self._space
+        texts = torch.where(flags >= SAYS_SPACE, texts * factor + more, texts)
+        texts = texts * self._factors[labels] + self._sums[labels]
+        return texts.new_zeros((), dtype=torch.float64), texts * FLAGS + flags % FLAGS
+
+    def held(self, sites: Tensor) -> Tensor:
+        return sites.new_zeros((), dtype=torch.float64)
+
+    def ending(self, sites: Tensor) -> Tensor:
+        return self.held(sites)
+
+    def texts(self, sites: Tensor) -> Tensor:
+        """int64, equal where texts are."""
+        return sites >> 3
+
+    def open_texts(self, sites: Tensor) -> Tensor:
+        """int64, equal where texts are and a word is being spelled in both or in none."""
+        return sites & ~(BEGUN | AFTER_END)
+
+
+def appended(text: str) -> tuple[int, int]:
+    """What a hash is multiplied by and then added to when a text is said, both below 2^61."""
+    factor, total = 1, 0
+    for letter in text:
+        mixed = (ord(letter) + 1) * 0x9E3779B97F4A7C15 % 2**64
+        factor, total = factor * HASH_FACTOR % HASHES, (total * HASH_FACTOR + (mixed ^ (mixed >> 29))) % HASHES
+    return factor, total
+
+
 def trackers_of(
     alphabet: CtcAlphabet,
     options: CtcOptions,
@@ -191,6 +245,8 @@ def trackers_of(
         phrases = PhraseAutomaton(patterns)
     if phrases is not None:
         found.append(PhraseTracker(alphabet, phrases, device))
+    if merges_texts(alphabet, options, language):
+        found.append(SpellingTracker(alphabet, device))
     is_of_words = language is not None and language.unit == "words"
     if options.hotword_list or options.word_bonus != 0 or is_of_words:
         found.append(WordTracker(alphabet, DeviceLexicon(alphabet, options, language, device), device))

@@ -219,7 +219,6 @@ REFUSED: list[tuple[dict[str, Any], CtcAlphabet, str]] = [
     ({"places": "paths"}, ALPHABETS[1], "places='prefixes'"),
     ({"history_words": 2}, ALPHABETS[1], "history_words=2"),
     ({"beam_size": 1001}, ALPHABETS[1], "at most 1000"),
-    ({}, ALPHABETS[2], "merge_texts=False"),
 ]
 
 
