@@ -54,9 +54,8 @@ class DevicePhraseTable:
         after.view(-1)[self._keys] = self._after.int()
         gains.view(-1)[self._keys] = self._gains
         own = torch.arange(self.num_states, dtype=torch.int32, device=self.device)
-        after[:, self._is_silent] = own[:, None].expand(-1, int(self._is_silent.sum()))
-        gains[:, self._is_silent] = 0.0
-        gains += self.closing[:, None] * self._closes
+        after = torch.where(self._is_silent, own[:, None], after)
+        gains = (gains + self.closing[:, None] * self._closes).masked_fill_(self._is_silent, 0.0)
         nothing = self._keys.new_zeros(0)
         self._keys = self._default_rows = nothing
         self._after, self._gains = after.view(-1), gains.view(-1)
