@@ -169,7 +169,7 @@ class WordTracker:
         words = sites // FLAGS
         nodes, characters = words // (MOST_CHARACTERS + 1), words % (MOST_CHARACTERS + 1)
         of_hotwords = self.lexicon.shares[nodes] * characters
-        unknown = self.lexicon.unknown[nodes] * (characters.clamp(min=USUAL_WORD) / USUAL_WORD)
+        unknown = self.lexicon.unknown[nodes] * (characters.clamp(min=USUAL_WORD).double() / USUAL_WORD)
         return (of_hotwords + unknown).masked_fill(sites & OPEN == 0, 0.0)
 
     def ending(self, sites: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shallowfusion.phrases.automaton import PhraseAutomaton
 from shallowfusion.phrases.device_tables import DevicePhraseTable
 from shallowfusion.phrases.label_arcs import label_arcs
 from tests.phrases.labels import LABELS, PHRASES, all_pairs, automaton_of, num_states
+from tests.phrases.test_whole_words import PHRASES as WHOLE_WORDS
+from tests.phrases.test_whole_words import PIECES, made
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -35,6 +38,23 @@ def test_dense_and_sorted_tables_say_what_the_automaton_says(phrases: dict[str, 
         gains, after = looked(table)
         assert after.tolist() == wanted_after.tolist()
         np.testing.assert_allclose(gains, wanted_gains, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WHOLE_WORDS)
+def test_tokens_of_a_decoder_get_the_bonus_of_its_search(phrases: dict[str, float]) -> None:
+    """Gains and loans of a table over tokens are what the fused step is given."""
+    automaton = made(PhraseAutomaton, phrases)
+    table = DevicePhraseTable(label_arcs(automaton, [[token] for token in range(len(PIECES))]), dense_bytes=0)
+    gains, after = looked(table)
+    held = table.held.numpy()
+    rows = range(table.num_states)
+    offsets, tokens, values = automaton.step(rows)
+    bonus = np.repeat(automaton.refunds(rows)[:, None].astype(np.float64), len(PIECES), axis=1)
+    bonus[np.repeat(rows, np.diff(offsets)), tokens] += values
+    np.testing.assert_allclose(gains + held[after] - held[:, None], bonus, atol=1e-5)
+    # The end of a text ends its word.
+    np.testing.assert_allclose(table.closing.numpy() - held, automaton.refunds(rows), atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
