@@ -33,6 +33,18 @@ void check_states(const PhraseAutomaton& automaton, const Array<int64_t>& states
   }
 }
 
+py::ssize_t check_pairs(const PhraseAutomaton& automaton, const Array<int64_t>& states,
+                        const Array<int64_t>& tokens) {
+  check_states(automaton, states);
+  if (check_vector("tokens", tokens) != states.shape(0)) {
+    throw std::invalid_argument("states and tokens must have one length.");
+  }
+  return states.shape(0);
+}
+
+// Tokens past the largest are in no phrase, as it is itself.
+int32_t known_token(int64_t token) { return static_cast<int32_t>(std::min<int64_t>(token, kWordBoundary - 1)); }
+
 std::shared_ptr<PhraseAutomaton> create(const Array<int32_t>& tokens, const Array<double>& credits,
                                         const Array<int64_t>& offsets, const Array<int64_t>& phrases,
                                         const Array<uint8_t>& classes) {
@@ -51,9 +63,7 @@ std::shared_ptr<PhraseAutomaton> create(const Array<int32_t>& tokens, const Arra
 
 py::array_t<int64_t> advance(const PhraseAutomaton& automaton, const Array<int64_t>& states,
                              const Array<int64_t>& tokens) {
-  check_states(automaton, states);
-  const py::ssize_t count = states.shape(0);
-  if (check_vector("tokens", tokens) != count) throw std::invalid_argument("states and tokens must have one length.");
+  const py::ssize_t count = check_pairs(automaton, states, tokens);
   py::array_t<int64_t> after({count});
   const int64_t* from = states.data();
   const int64_t* given = tokens.data();
@@ -61,10 +71,59 @@ py::array_t<int64_t> advance(const PhraseAutomaton& automaton, const Array<int64
   const py::gil_scoped_release released;
   for (py::ssize_t i = 0; i < count; ++i) {
     const auto state = static_cast<uint32_t>(from[i]);
-    const int64_t token = std::min<int64_t>(given[i], kWordBoundary - 1);  // which is in no phrase
-    target[i] = given[i] < 0 ? state : automaton.arrive(state, static_cast<int32_t>(token)).state;
+    target[i] = given[i] < 0 ? state : automaton.arrive(state, known_token(given[i])).state;
   }
   return after;
+}
+
+py::tuple say(const PhraseAutomaton& automaton, const Array<int64_t>& states, const Array<int64_t>& tokens) {
+  const py::ssize_t count = check_pairs(automaton, states, tokens);
+  py::array_t<double> gains({count});
+  py::array_t<int64_t> after({count});
+  const int64_t* from = states.data();
+  const int64_t* given = tokens.data();
+  double* gained = gains.mutable_data();
+  int64_t* target = after.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    for (py::ssize_t i = 0; i < count; ++i) {
+      auto state = static_cast<uint32_t>(from[i]);
+      gained[i] = given[i] < 0 ? 0.0 : automaton.say_after(&state, known_token(given[i]), 0.0);
+      target[i] = state;
+    }
+  }
+  return py::make_tuple(gains, after);
+}
+
+py::array_t<bool> ends_words(const PhraseAutomaton& automaton, const Array<int64_t>& tokens) {
+  py::array_t<bool> found({static_cast<py::ssize_t>(check_vector("tokens", tokens))});
+  for (py::ssize_t i = 0; i < tokens.shape(0); ++i) {
+    found.mutable_at(i) = tokens.at(i) >= 0 && automaton.ends_word(known_token(tokens.at(i)));
+  }
+  return found;
+}
+
+py::tuple turns(const PhraseAutomaton& automaton) {
+  const auto count = static_cast<py::ssize_t>(automaton.num_states());
+  py::array_t<int64_t> fallbacks({count});
+  py::array_t<int64_t> offsets({count + 1});
+  int64_t* fallback = fallbacks.mutable_data();
+  int64_t* offset = offsets.mutable_data();
+  std::vector<int32_t> tokens;
+  {
+    const py::gil_scoped_release released;
+    std::vector<int32_t> own;
+    offset[0] = 0;
+    for (py::ssize_t i = 0; i < count; ++i) {
+      const auto state = static_cast<uint32_t>(i);
+      fallback[i] = automaton.fallback(state);
+      automaton.turns(state, &own);
+      tokens.insert(tokens.end(), own.begin(), own.end());
+      offset[i + 1] = static_cast<int64_t>(tokens.size());
+    }
+  }
+  return py::make_tuple(fallbacks, offsets,
+                        py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data()));
 }
 
 py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
@@ -73,6 +132,15 @@ py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t
   for (py::ssize_t i = 0; i < states.shape(0); ++i) {
     const auto state = static_cast<uint32_t>(states.at(i));
     values.mutable_at(i) = automaton.closing(state) - automaton.held(state);
+  }
+  return values;
+}
+
+py::array_t<float> closing(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+  check_states(automaton, states);
+  py::array_t<float> values({states.shape(0)});
+  for (py::ssize_t i = 0; i < states.shape(0); ++i) {
+    values.mutable_at(i) = automaton.closing(static_cast<uint32_t>(states.at(i)));
   }
   return values;
 }
@@ -124,6 +192,10 @@ void bind_phrase_automaton(py::module_& module) {
       .def("advance", &advance, py::kw_only(), states, py::arg("tokens"))
       .def("refunds", &refunds, py::kw_only(), states)
       .def("held", &held, py::kw_only(), states)
+      .def("closing", &closing, py::kw_only(), states)
+      .def("say", &say, py::kw_only(), states, py::arg("tokens"))
+      .def("ends_words", &ends_words, py::kw_only(), py::arg("tokens"))
+      .def("turns", &turns)
       .def_property_readonly("start_state", &PhraseAutomaton::start_state)
       .def_property_readonly("num_states", &PhraseAutomaton::num_states);
 }

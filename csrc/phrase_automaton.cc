@@ -137,11 +137,9 @@ PhraseAutomaton::Arrival PhraseAutomaton::arrive(uint32_t state, int32_t token) 
   return {target, value + held_[target]};
 }
 
-double PhraseAutomaton::say(uint32_t* state, int32_t token) const {
-  const bool inside = begins_inside(token);
-  double gain = inside ? 0.0 : closing(*state);
-  *state = next(inside ? *state : bounded(*state), token);
-  gain += gain_[*state];
+double PhraseAutomaton::say_after(uint32_t* state, int32_t token, double closed) const {
+  *state = next(begins_inside(token) ? *state : bounded(*state), token);
+  double gain = closed + gain_[*state];
   if (!ends_inside(token)) {
     gain += closing(*state);
     *state = bounded(*state);
@@ -202,6 +200,17 @@ void PhraseAutomaton::arcs(uint32_t state, bool with_first, std::vector<Arc>* fo
     if (!with_first) value -= arrive(kRoot, token).value;
     found->push_back({token, value});
   }
+}
+
+void PhraseAutomaton::turns(uint32_t state, std::vector<int32_t>* found) const {
+  const uint32_t start = start_state();
+  std::vector<uint32_t> left_out{kRoot};
+  if (fallback(state) == start) left_out.push_back(start);
+  *found = tokens_from(state, true, left_out);
+  const std::vector<int32_t> outside = tokens_from(bounded(state), false, {kRoot, start});
+  found->insert(found->end(), outside.begin(), outside.end());
+  std::sort(found->begin(), found->end());
+  found->erase(std::unique(found->begin(), found->end()), found->end());
 }
 
 }  // namespace shallowfusion

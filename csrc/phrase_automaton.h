@@ -48,11 +48,21 @@ class PhraseAutomaton {
   Arrival arrive(uint32_t state, int32_t token) const;
 
   // The same without loans: what the token gains for good, that of a word it ends included. `state` becomes the new one.
-  double say(uint32_t* state, int32_t token) const;
+  double say(uint32_t* state, int32_t token) const {
+    return say_after(state, token, begins_inside(token) ? 0.0 : closing(*state));
+  }
+  // The same on top of `closed`, the gain of the word before included or not.
+  double say_after(uint32_t* state, int32_t token, double closed) const;
   // For each number of symbols (tokens and boundaries), in rising order, and each state: no text of at most so many is
   // worth more from there, what it gains for good and what is held behind it together.
   std::vector<std::vector<double>> most_worth(const std::vector<int64_t>& symbols) const;
   bool is_inside(int32_t token) const { return begins_inside(token) && ends_inside(token); }
+  bool ends_word(int32_t token) const { return !begins_inside(token); }
+
+  // The start or the root: where the state stands once its match has failed.
+  uint32_t fallback(uint32_t state) const { return token_[state] == kWordBoundary ? start_state() : kRoot; }
+  // Tokens that lead elsewhere from the state than from its fallback, sorted.
+  void turns(uint32_t state, std::vector<int32_t>* found) const;
 
   // Tokens whose bonus from a state is not that from the root, sorted; `with_first`: not nothing. The values are what
   // comes on top of `closing`, and without `with_first` of that from the root.

@@ -57,8 +57,7 @@ def add_ctc_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", type=float, default=None, metavar=metavar, help=text)
     group.add_argument(
         "--backend", choices=("auto", "native", "device"), default=None,
-        help="search on the CPU, where the scores are (no words, hotwords or word n-grams), or there if it can be "
-        "(default: auto)",
+        help="search on the CPU (native), where the scores are (device), or there if it can be (default: auto)",
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class SearchChooser:
         if kept is None:
             if len(self._searches) >= MOST_SEARCHES:
                 self._searches.clear()
-            search = DeviceCtcSearch(native.alphabet, native.options, native.language, device)
+            search = DeviceCtcSearch(native.alphabet, native.options, native.language, device, phrases=native.phrases)
             kept = self._searches[(id(native), device)] = (native, search)  # `native` is held: its id stays its own
         logger.debug("searching on %s, where the scores are", device)
         return kept[1]

@@ -42,22 +42,20 @@ class Spelled:
 
 def hypotheses_of(
     beam: Beam, trails: Sequence[tuple[Trail, Tensor]], rules: DeviceRules, alphabet: CtcAlphabet,
-    end_scores: Tensor | None, n_best: int,
+    n_best: int, ended: bool, scores_end: bool,
 ) -> list[list[CtcHypothesis]]:  # fmt: skip
     """The best hypotheses of every utterance; synchronises.
 
     Args:
-        end_scores: float64 [utterances, beam_size], log-prob of the end of the sentence, None = it is not scored.
+        ended: the last word is closed; with `scores_end` the end of the sentence is scored then.
     """
     mass = rules.add(beam.blank, beam.label)
-    ended = torch.zeros_like(beam.lm) if end_scores is None else end_scores
-    columns = {
-        "mass": mass, "fused": beam.fused, "lm": beam.lm + ended, "said": beam.fused + rules.lm_weight * ended
-    }  # fmt: skip
+    said, lm, lm_states = rules.ended(beam, scores_end) if ended else (beam.fused, beam.lm, beam.lm_state)
+    columns = {"mass": mass, "fused": beam.fused, "lm": lm, "said": said}
     scores: dict[str, Doubles] = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
-    states = beam.lm_state.cpu().numpy()
+    states = lm_states.cpu().numpy()
     num_utterances, size = scores["mass"].shape
-    by_text = alphabet.delimiter is not None and alphabet.is_ambiguous
+    by_text = alphabet.delimiter is not None and alphabet.is_ambiguous and rules.spelling is None
     if by_text:
         everywhere = np.broadcast_to(np.arange(size), (num_utterances, size))
         spelled = _spelled(beam, trails, everywhere)
@@ -83,6 +81,8 @@ def hypotheses_of(
 
 def _text_hashes(beam: Beam, rules: DeviceRules) -> Tensor:
     """Equal where texts are: a delimiter at the end does not show."""
+    if rules.spelling is not None:
+        return rules.spelling.texts(beam.sites[rules.trackers.index(rules.spelling)])
     return torch.where(beam.last == rules.delimiter, beam.parent_hash, beam.hash) if rules.delimiter >= 0 else beam.hash
 
 

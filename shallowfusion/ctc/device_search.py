@@ -15,12 +15,14 @@ from shallowfusion.config import require
 from shallowfusion.ctc.device_frames import FrameBlock, FrameErrors, blocks_of, note_losses
 from shallowfusion.ctc.device_results import hypotheses_of
 from shallowfusion.ctc.device_step import Beam, DeviceRules, Frame, Trail, advance, fresh_beam
+from shallowfusion.ctc.device_texts import trackers_of
 from shallowfusion.ctc.results import CtcLive, CtcResult, frames_of, results_of, start_states_of
-from shallowfusion.ctc.search import MAX_UTTERANCES, check_settings, label_words, merges_texts
+from shallowfusion.ctc.search import MAX_UTTERANCES, check_settings, label_words
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.ngrams.device_table import DeviceNgramTable
 from shallowfusion.ngrams.table import NgramTableProtocol
+from shallowfusion.phrases.automaton import PhraseAutomatonProtocol
 
 __all__ = ["DeviceCtcSearch", "DeviceCtcState", "device_obstacle"]
 
@@ -54,14 +56,10 @@ class DeviceCtcState:
 def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None) -> str | None:
     """Why these settings cannot be searched on a device, with the cure; None = they can."""
     native = 'or let the native search decode (backend="native").'
-    if language is not None and language.unit == "words":
-        return f'a word-level language model needs words spelled out; give CtcLanguage(table, unit="labels") {native}'
     if language is not None and not hasattr(language.table, "dense"):
         return f"a language model that is asked in Python; give an NgramTable {native}"
-    if options.hotwords:
-        return f"hotwords need words spelled out; leave them out {native}"
-    if options.word_bonus != 0:
-        return f"word_bonus={options.word_bonus} needs words; use length_bonus {native}"
+    if language is not None and language.score_empty_word:
+        return f"score_empty_word is not known there; leave it False {native}"
     if options.places != "prefixes":
         return f"places={options.places!r} is not searched there; use places='prefixes' {native}"
     if options.times != "best":
@@ -70,8 +68,6 @@ def device_obstacle(alphabet: CtcAlphabet, options: CtcOptions, language: CtcLan
         return f"history_words={options.history_words} needs words; use 0 {native}"
     if options.beam_size > LARGEST_BEAM:
         return f"beam_size must be at most {LARGEST_BEAM}, got {options.beam_size}; take a smaller one {native}"
-    if merges_texts(alphabet, options, language):
-        return f"different labels may spell the same text; set merge_texts=False to keep them apart {native}"
     return None
 
 
@@ -79,23 +75,26 @@ class DeviceCtcSearch:
     """`CtcSearchProtocol` in torch, for scores on a GPU; the same code runs on CPU tensors.
 
     What it maximises and how it prunes is what `CtcSearch` does; masses are float64 logs and prefixes are known by a
-    64-bit hash (see `Beam`). An n-gram model of labels is looked up where the scores are, for all prefixes and the
-    `top_labels` of a frame. Words, hotwords, single paths and scores of the caller's own are refused
-    (`device_obstacle`). Of labels that tie at -inf any may be looked at; they make no hypothesis.
+    64-bit hash (see `Beam`). An n-gram model is looked up where the scores are, for all prefixes and the `top_labels`
+    of a frame; phrases and words are followed there (`TextTracker`), equal texts of different labels joined
+    (`device_merging`). Single paths and scores of the caller's own are refused (`device_obstacle`). Of labels that tie
+    at -inf any may be looked at; they make no hypothesis.
 
     Nothing synchronises within a frame; on CUDA a frame is one replayed graph. A `step` synchronises once per block of
     2^25 scores with `blank_skip`, which joins a run of frames that are blank alone, and where lengths are given on the
     device. `results` and `end` synchronise.
 
-    Price per frame: some 100 small launches in one graph, whatever the batch; per utterance O(beam_size * (4 +
-    log(beam_size))) pairs, O(beam_size * top_labels) with a language model. Memory: 8 bytes per frame and place of
-    the beam (frames joined by `blank_skip` count once), kept until the state goes.
+    Price per frame: some 170 small launches in one graph, whatever the batch, 200 with phrases, 350 with a word 3-gram
+    too, and 140 more to join equal texts; per utterance O(beam_size * (4 + log(beam_size))) pairs, O(beam_size *
+    top_labels) with a language model, phrases or words. Memory: 8 bytes per frame and place of the beam (frames joined
+    by `blank_skip` count once), kept until the state goes; tables of phrases and words as `DevicePhraseTable` says.
 
     Args:
         alphabet: the labels of the scores.
         options: beams to 1,000.
-        language: an n-gram model of labels, None = none.
+        language: an n-gram model of labels or words, None = none.
         device: where the search runs; scores that are elsewhere are copied.
+        table, phrases: the language model on the device, and the automaton of the hotwords, if they were made before.
 
     Raises:
         InvalidArgumentError: settings that the device search does not know; the message names the cure.
@@ -109,6 +108,7 @@ class DeviceCtcSearch:
         language: CtcLanguage | None = None,
         device: str | torch.device = "cpu",
         table: DeviceNgramTable | None = None,
+        phrases: PhraseAutomatonProtocol | None = None,
     ) -> None:
         self.alphabet, self.options, self.language = alphabet, options or CtcOptions(), language
         self.device = torch.device(device)
@@ -118,8 +118,10 @@ class DeviceCtcSearch:
         if language is not None and table is None:
             table = DeviceNgramTable(cast(NgramTableProtocol, language.table), self.device)
         self.table = table
-        words = label_words(alphabet, language)
-        self.rules = DeviceRules(alphabet, self.options, self.device, table, words)
+        is_of_labels = language is not None and language.unit == "labels"
+        words = label_words(alphabet, language) if is_of_labels else None
+        trackers = trackers_of(alphabet, self.options, language, self.device, phrases)
+        self.rules = DeviceRules(alphabet, self.options, self.device, table, words, trackers)
         self._graphs: dict[int, CapturedFrame] = {}
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> DeviceCtcState:
@@ -127,7 +129,9 @@ class DeviceCtcSearch:
         default = 0 if self.language is None else self.language.start_state
         states = torch.tensor(start_states_of(start_states, count, default), dtype=torch.int64, device=self.device)
         return DeviceCtcState(
-            fresh_beam(states, self.options.beam_size), torch.zeros_like(states), FrameErrors.none(count, self.device)
+            fresh_beam(states, self.options.beam_size, self.rules.trackers),
+            torch.zeros_like(states),
+            FrameErrors.none(count, self.device),
         )
 
     @torch.no_grad()
@@ -205,12 +209,8 @@ class DeviceCtcSearch:
     @torch.no_grad()
     def _results(self, state: DeviceCtcState, n_best: int, ended: bool) -> list[CtcResult]:
         count = integer("n_best", n_best, 1, LARGEST_INTEGER)
-        scores_end = ended and self.language is not None and self.language.score_boundary
-        end_scores = None
-        if scores_end and self.table is not None:
-            states = state.beam.lm_state
-            end_scores = self.table.end(states.reshape(-1)).double().view_as(states)
-        found = hypotheses_of(state.beam, state.trails, self.rules, self.alphabet, end_scores, count)
+        scores_end = self.language is not None and self.language.score_boundary
+        found = hypotheses_of(state.beam, state.trails, self.rules, self.alphabet, count, ended, scores_end)
         messages = state.errors.messages()
         answers = [(message, [] if message else own) for message, own in zip(messages, found, strict=True)]
         return results_of(answers, state.num_frames)
@@ -224,7 +224,7 @@ class CapturedFrame:
     """
 
     def __init__(self, beam: Beam, frame: Frame, rules: DeviceRules) -> None:
-        self._beam = Beam(*(tensor.clone() for tensor in beam.tensors()))
+        self._beam = Beam.of([tensor.clone() for tensor in beam.tensors()])
         self._frame = Frame(*(getattr(frame, name).clone() for name in FRAME_FIELDS))
         aside = torch.cuda.Stream(rules.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(rules.device))
@@ -243,7 +243,7 @@ class CapturedFrame:
             kept.copy_(new)
 
     def beam_copy(self) -> Beam:
-        return Beam(*(tensor.clone() for tensor in self._beam.tensors()))
+        return Beam.of([tensor.clone() for tensor in self._beam.tensors()])
 
     def replay(self, frame: Frame) -> Trail:
         """One frame on; the trail is overwritten by the next."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from shallowfusion.ctc.device_merging import candidates_of, joined
+from shallowfusion.ctc.device_texts import SpellingTracker, TextTracker, WordTracker
 from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
 from shallowfusion.ngrams.device_table import DeviceNgramTable
 
@@ -34,6 +36,7 @@ class Beam:
         lm_state: int64.
         hash, parent_hash: int64, of the labels, of all but the last.
         last: int64, the last label, -1 = no label.
+        sites: int64, where texts stand, for each of the trackers.
     """
 
     blank: Tensor
@@ -46,9 +49,17 @@ class Beam:
     hash: Tensor
     parent_hash: Tensor
     last: Tensor
+    sites: tuple[Tensor, ...] = ()
 
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, entry.name) for entry in fields(self)]
+        return [*(getattr(self, entry.name) for entry in fields(self)[:-1]), *self.sites]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Beam:
+        """The beam of these `tensors`."""
+        count = len(fields(cls)) - 1
+        names = (entry.name for entry in fields(cls))
+        return cls(**dict(zip(names, tensors[:count], strict=False)), sites=tuple(tensors[count:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +93,13 @@ class DeviceRules:
     Without a language model the increments of a label are those of all prefixes alike. Then prefix i (from 0, best
     first) with the j-th best label is behind (i + 1) * (j + 1) - 1 other pairs, save up to `exceptions` of each prefix:
     its last label, the blank, a delimiter at a boundary. Pairs with beam_size such pairs before them are left out:
-    about beam_size * (4 + log(beam_size)) of beam_size * labels remain, and no result changes.
+    about beam_size * (4 + log(beam_size)) of beam_size * labels remain, and no result changes; some twice as many where
+    equal texts are joined. With a language model, phrases or words all pairs are looked at.
 
     Args:
         device: where the tensors are.
-        table: an n-gram model of labels, `label_words` its word for each label; None = none.
+        table: an n-gram model, None = none; of labels, if there are `label_words`, its word for each label.
+        trackers: what follows the texts; with an n-gram model of words the last one follows words.
     """
 
     def __init__(
@@ -96,6 +109,7 @@ class DeviceRules:
         device: torch.device,
         table: DeviceNgramTable | None = None,
         label_words: list[int] | None = None,
+        trackers: Sequence[TextTracker] = (),
     ) -> None:
         num_labels, beam_size, top_labels = len(alphabet.labels), options.beam_size, options.top_labels
         self.beam_size = beam_size
@@ -106,12 +120,15 @@ class DeviceRules:
         self.add: Callable[[Tensor, Tensor], Tensor] = torch.maximum if self.use_max else torch.logaddexp
         exceptions = 2 if self.delimiter < 0 else 3
         top = num_labels if top_labels is None else min(top_labels, num_labels)
-        self.looked_at = top if table is not None else min(top, beam_size + exceptions)
+        self.spelling = next((tracker for tracker in trackers if isinstance(tracker, SpellingTracker)), None)
+        looks_at_all = table is not None or any(tracker is not self.spelling for tracker in trackers)
+        wanted = beam_size if self.spelling is None else candidates_of(beam_size)
+        self.looked_at = top if looks_at_all else min(top, wanted + exceptions)
         pairs = [(i, -1) for i in range(beam_size)]
         numbers = list(range(beam_size))  # of stays; pairs are numbered behind them
         for i in range(beam_size):
             for j in range(self.looked_at):
-                if table is None and (i + 1) * (j + 1 - exceptions) > beam_size:
+                if not looks_at_all and (i + 1) * (j + 1 - exceptions) > wanted:
                     break
                 numbers.append(len(numbers))
                 pairs.append((i, j))
@@ -119,10 +136,49 @@ class DeviceRules:
         self.order = torch.tensor(order, device=device)
         self.prefixes = torch.tensor([i for i, j in pairs if j >= 0], dtype=torch.int64, device=device)
         self.ranks = torch.tensor([j for _, j in pairs if j >= 0], dtype=torch.int64, device=device)
-        self.label_words = torch.tensor(label_words or [0] * num_labels, dtype=torch.int64, device=device)
+        self.trackers, self.label_words, self.words = tuple(trackers), None, None
+        if label_words is not None:
+            self.label_words = torch.tensor(label_words, dtype=torch.int64, device=device)
+        elif table is not None:
+            assert isinstance(trackers[-1], WordTracker)
+            self.words = trackers[-1]
+
+    def held(self, sites: Sequence[Tensor]) -> Tensor | float:
+        """What ranks texts and is in no total."""
+        return sum((tracker.held(own) for tracker, own in zip(self.trackers, sites, strict=True)), start=0.0)
+
+    def said(self, beam: Beam, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the language model says of `prefixes` with labels: float64 nats and int64 states."""
+        assert self.table is not None
+        states = beam.lm_state.index_select(1, self.prefixes)
+        if self.label_words is not None:
+            scored, after = self.table.score(states.reshape(-1), self.label_words[labels].reshape(-1))
+            return scored.double().view_as(states), after.view_as(states)
+        assert self.words is not None
+        closes, words = self.words.closed(beam.sites[-1].index_select(1, self.prefixes), labels)
+        scored, after = self.table.score(states.reshape(-1), words.reshape(-1))
+        log_probs = scored.double().view_as(states).masked_fill(~closes, 0.0)
+        return log_probs, torch.where(closes, after.view_as(states), states)
+
+    def ended(self, beam: Beam, scores_end: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`fused`, `lm` and `lm_state` after the last word and with `scores_end` the end of the sentence."""
+        fused, lm, states = beam.fused, beam.lm, beam.lm_state
+        for tracker, own in zip(self.trackers, beam.sites, strict=True):
+            fused = fused + tracker.ending(own)
+        if self.table is None:
+            return fused, lm, states
+        log_probs = torch.zeros_like(lm)
+        if self.words is not None:
+            is_open, words = self.words.is_open(beam.sites[-1]), self.words.open_words(beam.sites[-1])
+            scored, after = self.table.score(states.reshape(-1), words.reshape(-1))
+            log_probs = scored.double().view_as(lm).masked_fill(~is_open, 0.0)
+            states = torch.where(is_open, after.view_as(states), states)
+        if scores_end:
+            log_probs = log_probs + self.table.end(states.reshape(-1)).double().view_as(lm)
+        return fused + self.lm_weight * log_probs, lm + log_probs, states
 
 
-def fresh_beam(lm_states: Tensor, beam_size: int) -> Beam:
+def fresh_beam(lm_states: Tensor, beam_size: int, trackers: Sequence[TextTracker] = ()) -> Beam:
     """The empty prefix in every first place, nothing in the others; `lm_states` int64 [utterances]."""
     shape = (len(lm_states), beam_size)
     doubles = torch.zeros(shape, dtype=torch.float64, device=lm_states.device)
@@ -136,6 +192,7 @@ def fresh_beam(lm_states: Tensor, beam_size: int) -> Beam:
         blank=blank, label=impossible, blank_best=blank.clone(), label_best=impossible.clone(),
         fused=doubles, lm=doubles.clone(), lm_state=lm_states[:, None].repeat(1, beam_size),
         hash=hashes, parent_hash=torch.full_like(integers, DEAD_HASH), last=torch.full_like(integers, -1),
+        sites=tuple(torch.full_like(integers, tracker.start) for tracker in trackers),
     )  # fmt: skip
 
 
@@ -152,15 +209,17 @@ class Stays:
 
 @dataclass(frozen=True, eq=False)
 class Extensions:
-    """Pairs of prefix and label; tensors [utterances, pairs]. `rank` is -inf for those that are none."""
+    """Pairs of prefix and label; tensors [utterances, pairs]. `rank` and `mass` are -inf for those that are none."""
 
     rank: Tensor
+    mass: Tensor
     best: Tensor
     label: Tensor
     hash: Tensor
     fused: Tensor
     lm: Tensor | None
     lm_state: Tensor | None
+    sites: list[Tensor]
     codes: Tensor
 
 
@@ -173,12 +232,40 @@ def advance(beam: Beam, frame: Frame, rules: DeviceRules) -> tuple[Beam, Trail]:
     ordered, places = beam.hash.sort(dim=1)
     stays = _stays(beam, both, frame, rules, ordered, places)
     extensions = _extensions(beam, both, frame, rules, ordered)
-    stay_rank = rules.add(stays.blank, stays.label)
+    stay_rank = rules.add(stays.blank, stays.label) + rules.held(beam.sites)
     ranks = torch.cat([stay_rank, extensions.rank], 1).index_select(1, rules.order)
     ranks, chosen = ranks.sort(dim=1, descending=True, stable=True)
-    ranks, chosen = ranks[:, : rules.beam_size], rules.order[chosen[:, : rules.beam_size]]
+    masses = None
+    if rules.spelling is None:
+        ranks, chosen = ranks[:, : rules.beam_size], rules.order[chosen[:, : rules.beam_size]]
+    else:
+        chosen = rules.order[chosen[:, : candidates_of(rules.beam_size)]]
+        ranks, chosen, masses = _joined_texts(beam, rules, stays, extensions, chosen)
     is_live = (ranks > IMPOSSIBLE) & (ranks >= ranks[:, :1] - rules.margin)
-    return _chosen(beam, frame, rules, stays, extensions, chosen, is_live)
+    return _chosen(beam, frame, rules, stays, extensions, chosen, is_live, masses)
+
+
+def _joined_texts(
+    beam: Beam, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Ranks and numbers of the best candidates once equal texts are one, and their masses in blank and label."""
+    is_stay = chosen < rules.beam_size
+    parent, pair = chosen.clamp(max=rules.beam_size - 1), (chosen - rules.beam_size).clamp_(min=0)
+
+    def either(stay: Tensor, extension: Tensor) -> Tensor:
+        return torch.where(is_stay, stay.gather(1, parent), extension.gather(1, pair))
+
+    sites = [either(own, other) for own, other in zip(beam.sites, extensions.sites, strict=True)]
+    assert rules.spelling is not None
+    texts = rules.spelling.open_texts(sites[rules.trackers.index(rules.spelling)])
+    blank = stays.blank.gather(1, parent).masked_fill(~is_stay, IMPOSSIBLE)
+    blank, label = joined(
+        texts, either(beam.last, extensions.label), blank, either(stays.label, extensions.mass), rules.add
+    )
+    ranks, places = (rules.add(blank, label) + rules.held(sites)).sort(dim=1, descending=True, stable=True)
+    places = places[:, : rules.beam_size]
+    masses = blank.gather(1, places), label.gather(1, places)
+    return ranks[:, : rules.beam_size], chosen.gather(1, places), masses
 
 
 def _found(ordered: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,20 +324,26 @@ def _extensions(beam: Beam, both: Tensor, frame: Frame, rules: DeviceRules, orde
     increment: Tensor | float = rules.length_bonus
     lm, lm_state = None, None
     if rules.table is not None:
-        states = beam.lm_state.index_select(1, prefixes).reshape(-1)
-        scored, after = rules.table.score(states, rules.label_words[label].reshape(-1))
-        lm, lm_state = scored.double().view_as(mass), after.view_as(label)
+        lm, lm_state = rules.said(beam, label)
         increment = rules.lm_weight * lm + rules.length_bonus
+    sites = []
+    for tracker, own in zip(rules.trackers, beam.sites, strict=True):
+        gains, after = tracker.extended(own.index_select(1, prefixes), label)
+        increment = increment + gains
+        sites.append(after)
     fused = beam.fused.index_select(1, prefixes) + increment
-    rank = (mass + increment).masked_fill(is_none, IMPOSSIBLE)
+    mass = (mass + increment).masked_fill(is_none, IMPOSSIBLE)
+    codes = (prefixes * 2 + label_wins) * 2 + 1
     return Extensions(
-        rank, best + increment, label, hashes, fused, lm, lm_state, (prefixes * 2 + label_wins) * 2 + 1
-    )  # fmt: skip
+        mass + rules.held(sites), mass, best + increment, label, hashes, fused, lm, lm_state, sites, codes
+    )
 
 
 def _chosen(
-    beam: Beam, frame: Frame, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor, is_live: Tensor
-) -> tuple[Beam, Trail]:
+    beam: Beam, frame: Frame, rules: DeviceRules, stays: Stays, extensions: Extensions, chosen: Tensor, is_live: Tensor,
+    masses: tuple[Tensor, Tensor] | None,
+) -> tuple[Beam, Trail]:  # fmt: skip
+    """The beam of the chosen candidates; `masses` in place of their own, where equal texts were joined."""
     size = rules.beam_size
     is_stay = chosen < size
     pair = (chosen - size).clamp_(min=0)
@@ -272,7 +365,7 @@ def _chosen(
     parent_hash = torch.where(is_stay, beam.parent_hash.gather(1, parent), beam.hash.gather(1, parent))
     new = Beam(
         blank=mass(stays.blank, None),
-        label=mass(stays.label, extensions.rank),
+        label=mass(stays.label, extensions.mass),
         blank_best=mass(stays.blank_best, None),
         label_best=mass(stays.label_best, extensions.best),
         fused=either(beam.fused, extensions.fused),
@@ -281,11 +374,16 @@ def _chosen(
         hash=either(beam.hash, extensions.hash).masked_fill(is_dead, DEAD_HASH),
         parent_hash=parent_hash.masked_fill(is_dead, DEAD_HASH),
         last=either(beam.last, extensions.label),
+        sites=tuple(either(own, other) for own, other in zip(beam.sites, extensions.sites, strict=True)),
     )
+    if masses is not None:
+        blank, label = (own.masked_fill(is_dead, IMPOSSIBLE) for own in masses)
+        new.blank, new.blank_best = blank, new.blank_best.masked_fill(blank == IMPOSSIBLE, IMPOSSIBLE)
+        new.label, new.label_best = label, new.label_best.masked_fill(label == IMPOSSIBLE, IMPOSSIBLE)
     is_active = (frame.numbers >= 0)[:, None]
     kept = [torch.where(is_active, one, other) for one, other in zip(new.tensors(), beam.tensors(), strict=True)]
     blank_code = stays.codes[..., 0].gather(1, parent)
     label_code = either(stays.codes[..., 1], extensions.codes)
-    last = kept[-1].masked_fill(is_dead & is_active, -2)
-    trail = Trail(torch.stack([blank_code, label_code], 2).int(), last.int())
-    return Beam(*kept), trail
+    after = Beam.of(kept)
+    last = after.last.masked_fill(is_dead & is_active, -2)
+    return after, Trail(torch.stack([blank_code, label_code], 2).int(), last.int())

@@ -23,7 +23,6 @@ from shallowfusion.ctc.results import (
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import VocabularyError
 from shallowfusion.phrases.automaton import PhraseAutomaton
-from shallowfusion.phrases.patterns import Patterns
 
 __all__ = ["CtcSearch", "CtcSearchProtocol", "CtcState"]
 
@@ -173,12 +172,13 @@ class CtcSearch:
         self._threads = available if threads is None else integer("threads", threads, 1, 1024)
         check_settings(alphabet, options, language)
         words = label_words(alphabet, language)
-        phrases = phrase_patterns(alphabet, options)
+        patterns = phrase_patterns(alphabet, options)
+        self.phrases = None if patterns is None else PhraseAutomaton(patterns)
         labels = [(*piece, word) for piece, word in zip(alphabet.pieces, words, strict=True)]
         self._native = _native.CtcSearch(
             labels=labels,
             rules=_rules(alphabet, options, language),
-            language=_language(options, language, lexicon, phrases),
+            language=_language(options, language, lexicon, self.phrases),
         )
 
     def begin(self, num_utterances: int, start_states: Sequence[int] | None = None) -> Any:
@@ -292,7 +292,10 @@ def _lexicon(language: CtcLanguage | None) -> _native.CtcLexicon | None:
 
 
 def _language(
-    options: CtcOptions, language: CtcLanguage | None, lexicon: _native.CtcLexicon | None, phrases: Patterns | None
+    options: CtcOptions,
+    language: CtcLanguage | None,
+    lexicon: _native.CtcLexicon | None,
+    phrases: PhraseAutomaton | None,
 ) -> Any:
     native = _native.CtcLanguage()
     native.word_bonus = options.word_bonus
@@ -302,7 +305,7 @@ def _language(
         words = _native.CtcLexicon(words=[(word, 0, True) for word in options.hotword_list])
         native.set_hotwords(words=words)
     if phrases is not None:
-        native.set_phrases(phrases=PhraseAutomaton(phrases).native)
+        native.set_phrases(phrases=phrases.native)
     if language is not None:
         native.weight = options.lm_weight
         native.unknown_word = options.lm_weight * language.unknown_word

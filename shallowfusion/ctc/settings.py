@@ -200,9 +200,8 @@ class CtcOptions:
             keeps them apart until the end.
         times: of labels and words: "best": of the best alignment; "last": of the lowest-ranked path of each frame that
             joined the others, as pyctcdecode has them (of equal texts of different labels, of the likeliest).
-        backend: the search that `CTCDecoder.decode` uses: "native" (C++, CPU), "device" (torch, where the scores are;
-            no words in it, see `DeviceCtcSearch`) or "auto": on the device for tensors that are on one, if it can
-            search what is asked.
+        backend: the search that `CTCDecoder.decode` uses: "native" (C++, CPU), "device" (torch, where the scores are,
+            see `DeviceCtcSearch`) or "auto": on the device for tensors that are on one, if it can search what is asked.
 
     Raises:
         InvalidArgumentError: a value outside its range.

@@ -15,6 +15,7 @@ __all__ = ["PhraseAutomaton", "PhraseAutomatonProtocol"]
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 Entries = tuple[Int32Array, Int32Array, Float32Array]
 
@@ -72,8 +73,34 @@ class PhraseAutomatonProtocol(Protocol):
         """float32 [rows]: what each row holds for a match in progress."""
         ...
 
+    def closing(self, states: npt.ArrayLike) -> Float32Array:
+        """float32 [rows]: what each row gains if its word ends."""
+        ...
+
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         """int64 [rows], the states after a token each; -1 = none."""
+        ...
+
+    def say(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> tuple[Float64Array, Int64Array]:
+        """What tokens gain for good, and where they lead.
+
+        Returns:
+            float64 [rows] gains, loans left out, and `closing` of the state where the token ends a word; int64 [rows]
+            states, as of `advance`.
+        """
+        ...
+
+    def ends_words(self, tokens: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """bool [tokens]: whether a token ends the word before it, which then gains `closing`."""
+        ...
+
+    def turns(self) -> tuple[Int64Array, Int64Array, Int32Array]:
+        """How few tokens tell states apart, for tables of all states.
+
+        Returns:
+            int64 [states] fallback, `start_state` or `shared_state`; int64 [states + 1] offsets; int32 [entries]
+            tokens, of each state those that lead elsewhere than from its fallback, ascending.
+        """
         ...
 
 
@@ -119,3 +146,16 @@ class PhraseAutomaton:
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         rows = integer_array("states", states, (None,))
         return self.native.advance(states=rows, tokens=integer_array("tokens", tokens, rows.shape))
+
+    def closing(self, states: npt.ArrayLike) -> Float32Array:
+        return self.native.closing(states=integer_array("states", states, (None,)))
+
+    def say(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> tuple[Float64Array, Int64Array]:
+        rows = integer_array("states", states, (None,))
+        return self.native.say(states=rows, tokens=integer_array("tokens", tokens, rows.shape))
+
+    def ends_words(self, tokens: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        return self.native.ends_words(tokens=integer_array("tokens", tokens, (None,)))
+
+    def turns(self) -> tuple[Int64Array, Int64Array, Int32Array]:
+        return self.native.turns()

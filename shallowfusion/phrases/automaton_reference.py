@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from shallowfusion.checks import integer, integer_array
 from shallowfusion.config import require
-from shallowfusion.phrases.automaton import Entries, Float32Array, Int64Array
+from shallowfusion.phrases.automaton import Entries, Float32Array, Float64Array, Int32Array, Int64Array
 from shallowfusion.phrases.patterns import BEGINS_INSIDE, ENDS_INSIDE, WORD_BOUNDARY, Patterns
 
 __all__ = ["ReferencePhraseAutomaton"]
@@ -65,6 +65,38 @@ class ReferencePhraseAutomaton:
         matches = [self._match(state) for state in integer_array("states", states, (None,))]
         return np.array([self._held(match) for match in matches], dtype=np.float32)
 
+    def closing(self, states: npt.ArrayLike) -> Float32Array:
+        matches = [self._match(state) for state in integer_array("states", states, (None,))]
+        return np.array([self._closing(match) for match in matches], dtype=np.float32)
+
+    def say(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> tuple[Float64Array, Int64Array]:
+        rows = integer_array("states", states, (None,))
+        given = integer_array("tokens", tokens, rows.shape).tolist()
+        after = self.advance(rows, given)
+        gains = np.zeros(len(rows))
+        for row, (state, token) in enumerate(zip(rows, given, strict=True)):
+            if token >= 0:
+                arrived, value = self._arrived(self._match(state), token)
+                gains[row] = value - self._held(arrived)
+        return gains, after
+
+    def ends_words(self, tokens: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        given = integer_array("tokens", tokens, (None,)).tolist()
+        return np.array([token >= 0 and not self._begins_inside(token) for token in given], dtype=np.bool_)
+
+    def turns(self) -> tuple[Int64Array, Int64Array, Int32Array]:
+        alphabet = sorted({token for tokens, _, _ in self._patterns for token in tokens if token != WORD_BOUNDARY})
+        fallbacks, offsets, found = [], [0], []
+        for match in self._matches:
+            fallback = self._bounded(()) if match[-1:] == (WORD_BOUNDARY,) else ()
+            found += [token for token in alphabet if self._turned(match, token) != self._turned(fallback, token)]
+            fallbacks.append(self._states[fallback])
+            offsets.append(len(found))
+        return np.array(fallbacks, np.int64), np.array(offsets, np.int64), np.array(found, np.int32)
+
+    def _turned(self, match: Match, token: int) -> Match:
+        return self._next(match if self._begins_inside(token) else self._bounded(match), token)
+
     def advance(self, states: npt.ArrayLike, tokens: npt.ArrayLike) -> Int64Array:
         rows = integer_array("states", states, (None,))
         given = integer_array("tokens", tokens, rows.shape)
@@ -100,7 +132,7 @@ class ReferencePhraseAutomaton:
 
     def _arrived(self, match: Match, token: int) -> tuple[Match, float]:
         """The match after a token and the boundaries beside it, and what arriving there is worth."""
-        after = self._next(match if self._begins_inside(token) else self._bounded(match), token)
+        after = self._turned(match, token)
         value = self._gain(after)
         if not self._ends_inside(token):
             value += self._closing(after)

@@ -128,15 +128,16 @@ def test_the_backend_is_chosen_by_the_scores_and_the_settings(caplog: pytest.Log
     assert isinstance(chooser.choose(native, there), DeviceCtcSearch)
     assert chooser.choose(native, there) is chooser.choose(native, there)
     with caplog.at_level("INFO"):
-        wordy = decoder.search(beam_size=12, word_bonus=1.0)
-        assert chooser.choose(wordy, there) is wordy
+        rare = decoder.search(beam_size=12, history_words=2)
+        assert chooser.choose(rare, there) is rare
         assert chooser.choose(native, there, is_late=True) is native
-    assert "length_bonus" in caplog.text
+    assert "history_words=2" in caplog.text
     assert "asked late" in caplog.text
     with pytest.raises(InvalidArgumentError, match="asked late"):
         chooser.choose(decoder.search(backend="device"), batch, is_late=True)
-    with pytest.raises(InvalidArgumentError, match="length_bonus"):
-        decoder.decode(batch, word_bonus=1.0, backend="device")
+    with pytest.raises(InvalidArgumentError, match="history_words=2"):
+        decoder.decode(batch, history_words=2, backend="device")
+    assert isinstance(chooser.choose(decoder.search(word_bonus=1.0, hotwords="good deal"), there), DeviceCtcSearch)
     with pytest.raises(InvalidArgumentError, match="backend"):
         decoder.decode(batch, backend="gpu")
 

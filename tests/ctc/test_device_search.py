@@ -216,27 +216,26 @@ def test_errors_are_worded_alike() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], CtcAlphabet, str]] = [
-    ({"hotwords": ("ab",)}, ALPHABETS[1], "hotwords"),
-    ({"word_bonus": 1.0}, ALPHABETS[1], "length_bonus"),
     ({"places": "paths"}, ALPHABETS[1], "places='prefixes'"),
     ({"history_words": 2}, ALPHABETS[1], "history_words=2"),
     ({"beam_size": 1001}, ALPHABETS[1], "at most 1000"),
-    ({}, ALPHABETS[2], "merge_texts=False"),
 ]
 
 
 @pytest.mark.parametrize(("chosen", "alphabet", "words"), REFUSED)
-def test_what_needs_words_is_refused_with_a_cure(chosen: dict[str, Any], alphabet: CtcAlphabet, words: str) -> None:
+def test_what_the_device_does_not_know_is_refused_with_a_cure(
+    chosen: dict[str, Any], alphabet: CtcAlphabet, words: str
+) -> None:
     with pytest.raises(InvalidArgumentError, match=words) as caught:
         DeviceCtcSearch(alphabet, CtcOptions(**chosen))
     assert 'backend="native"' in str(caught.value)
 
 
-def test_word_models_and_late_scores_are_refused() -> None:
-    language = CtcLanguage(letter_table(0, ALPHABETS[1]))
-    assert "labels" in str(device_obstacle(ALPHABETS[1], CtcOptions(), language))
-    with pytest.raises(InvalidArgumentError, match="word-level"):
-        DeviceCtcSearch(ALPHABETS[1], language=language)
+def test_late_scores_and_other_models_are_refused() -> None:
+    table = letter_table(0, ALPHABETS[1])
+    assert device_obstacle(ALPHABETS[1], CtcOptions(), CtcLanguage(table)) is None
+    with pytest.raises(InvalidArgumentError, match="score_empty_word"):
+        DeviceCtcSearch(ALPHABETS[1], language=CtcLanguage(table, score_empty_word=True))
     search = DeviceCtcSearch(ALPHABETS[1])
     for call in (lambda: search.live(search.begin(1)), lambda: search.set_extras(search.begin(1), [[0.0]])):
         with pytest.raises(InvalidArgumentError, match="native"):

@@ -203,7 +203,7 @@ def test_the_front_takes_weighted_phrases() -> None:
     assert named.total == pytest.approx(plain.total + 4.0, abs=1e-3)
     forced = decoder.decode(libri()[None], beam_size=50, hotwords={"a good seal": 40.0})[0].best
     assert forced.text.startswith("i have a good seal of will")
-    for backend in ("native", "auto"):
+    for backend in ("native", "auto", "device"):
         assert decoder.decode(libri()[None], beam_size=20, hotwords="good deal", backend=backend)[0].text == LIBRI_TEXT
 
 

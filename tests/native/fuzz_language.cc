@@ -185,6 +185,7 @@ bool fuzz_phrases() {
     const auto automaton = random_phrases(tokens, is_wild);
     uint32_t arrived = automaton->start_state(), said = arrived;
     std::vector<PhraseAutomaton::Arc> arcs;
+    std::vector<int32_t> turns;
     for (int step = 0; step < 20; ++step) {
       const int32_t token = pick(tokens);
       for (const bool with_first : {false, true}) {
@@ -194,6 +195,16 @@ bool fuzz_phrases() {
         }
       }
       automaton->closing(arrived);
+      automaton->turns(arrived, &turns);
+      const uint32_t fallback = automaton->fallback(arrived);
+      for (size_t i = 1; i < turns.size(); ++i) {
+        if (turns[i - 1] >= turns[i]) return wrong("turns are not sorted");
+      }
+      for (const int32_t other : tokens) {
+        const bool is_same = automaton->arrive(arrived, other).state == automaton->arrive(fallback, other).state;
+        const bool is_listed = std::binary_search(turns.begin(), turns.end(), other);
+        if (!is_same && !is_listed) return wrong("a turn is not listed");
+      }
       arrived = automaton->arrive(arrived, token).state;
       automaton->say(&said, token);
       if (arrived >= automaton->num_states() || said != arrived) return wrong("two ways along a text part");

@@ -152,4 +152,45 @@ def test_native_equals_reference(phrases: dict[str, float], tokens: list[int]) -
             assert ours[1].tolist() == other[1].tolist()
             np.testing.assert_allclose(ours[2], other[2], atol=1e-5)
         np.testing.assert_allclose(*(a.refunds(s) for a, s in zip(pair, states, strict=True)), atol=1e-5)
+        np.testing.assert_allclose(*(a.closing(s) for a, s in zip(pair, states, strict=True)), atol=1e-5)
+        (gains, after), other = (a.say(s, [token]) for a, s in zip(pair, states, strict=True))
+        np.testing.assert_allclose(gains, other[0], atol=1e-5)
         states = [a.advance(s, [token]).tolist() for a, s in zip(pair, states, strict=True)]
+        assert [after.tolist(), other[1].tolist()] == states
+
+
+@settings(max_examples=150, deadline=None)
+@given(PHRASES, TOKENS)
+def test_what_is_said_and_lent_is_the_bonus(phrases: dict[str, float], tokens: list[int]) -> None:
+    for automaton_class in (PhraseAutomaton, ReferencePhraseAutomaton):
+        automaton = made(automaton_class, phrases)
+        state, total = [automaton.start_state], 0.0
+        for token in tokens:
+            total += float(automaton.closing(state)[0]) * bool(automaton.ends_words([token])[0])
+            gain, after = automaton.say(state, [token])
+            total, state = total + float(gain[0]), after.tolist()
+        total += float(automaton.closing(state)[0])
+        assert total == pytest.approx(bonus(automaton, tokens), abs=1e-4)
+        assert not automaton.ends_words([-1])[0]
+        assert [part.tolist() for part in automaton.say(state, [-1])] == [[0.0], state]
+
+
+@settings(max_examples=100, deadline=None)
+@given(PHRASES, TOKENS)
+def test_turns_are_the_tokens_that_tell_a_state_from_its_fallback(phrases: dict[str, float], tokens: list[int]) -> None:
+    pair = [made(PhraseAutomaton, phrases), made(ReferencePhraseAutomaton, phrases)]
+    found = [automaton.turns() for automaton in pair]
+    states = [automaton.start_state for automaton in pair]
+    everything = range(len(PIECES) + 2)
+    for token in [*tokens, -1]:
+        listed = []
+        for automaton, (fallbacks, offsets, turns), state in zip(pair, found, states, strict=True):
+            own = turns[offsets[state] : offsets[state + 1]].tolist()
+            fallback = int(fallbacks[state])
+            assert fallback in (automaton.start_state, automaton.shared_state)
+            for other in everything:
+                after = [int(automaton.advance([at], [other])[0]) for at in (state, fallback)]
+                assert (after[0] != after[1]) <= (other in own)
+            listed.append(own)
+        assert listed[0] == listed[1]
+        states = [int(a.advance([s], [token])[0]) for a, s in zip(pair, states, strict=True)]
