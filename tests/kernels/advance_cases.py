@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,29 +10,48 @@ import torch
 
 from shallowfusion.config import BeamSettings
 from shallowfusion.kernels.beam_advance import plan_beam_advance
-from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays
+from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays, mask_words
 from shallowfusion.kernels.beam_advance_reference import beam_advance_reference
 from shallowfusion.search.beam_state import BeamState, BeamStep
 from shallowfusion.values import Candidates
 from tests.kernels.cases import to_device
 
 END = 3
-VOCAB = 12
+VOCAB, SAID = 40, 12  # tokens there are, and those that candidates say
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DECIDED = ("lengths", "clocks", "done", "finished", "hashes", "tokens", "parents", "totals", "weights", "bias", "ring")
+DECIDED = (
+    "ticks",
+    "lengths",
+    "clocks",
+    "done",
+    "finished",
+    "hashes",
+    "tokens",
+    "parents",
+    "totals",
+    "weights",
+    "place_masks",
+    "masks",
+    "ring",
+)
 
 
 def advance_on_device(tables: AdvanceTables, arrays: BeamArrays, candidates: Candidates) -> None:
     plan_beam_advance(tables, arrays, candidates).run()
 
 
-def tables_of(settings: BeamSettings, sources: int = 2) -> AdvanceTables:
+def tables_of(settings: BeamSettings, sources: int = 2, utterances: int = 1, longest: int = 0) -> AdvanceTables:
     """Weights that differ at every length, tokens forbidden early, and room for more tokens than are asked for."""
     steps = torch.arange(settings.max_new_tokens + 1, dtype=torch.float32)
     weights = torch.stack([1.0 + steps / 8, *[steps / 4] * (sources - 1)], dim=1)
-    return AdvanceTables.make(
-        settings, weights, [(5, 1, -0.5), (END, 3, 0.0), (7, 2, 0.25)], DEVICE, settings.max_new_tokens + 2
-    )
+    edits = [(5, 1), (END, 3), (7, 2), (35, 2), (31, 2)]
+    own = AdvanceTables.make(settings, weights, edits, longest or settings.max_new_tokens + 2)
+    return own.spread(utterances, DEVICE)
+
+
+def first_words() -> torch.Tensor:
+    """What may be said in the first step under `tables_of`, and never 9."""
+    return mask_words([5, END, 7, 35, 31, 9], VOCAB).to(DEVICE)
 
 
 def stream(
@@ -48,7 +67,7 @@ def stream(
     totals = (base + gained).astype(np.float32)
     live = np.ones(utterances) if step is None else np.isfinite(step.totals).sum(axis=1)
     lanes = (generator.random(shape) * np.maximum(live, 1)[:, None]).astype(np.int64)
-    tokens = generator.integers(0, VOCAB, shape)
+    tokens = generator.integers(0, SAID, shape)
     tokens[generator.random(shape) < 0.25] = END
     gone = generator.random(shape) < (1.0 if generator.random() < 0.03 else 0.1)
     totals[gone] = generator.choice([np.nan, -np.inf, np.inf], gone.sum())
@@ -68,20 +87,25 @@ def lanes_of(candidates: Candidates, beam_size: int) -> Any:
     return np.where(rows >= 0, rows % beam_size, -1)
 
 
+def start(arrays: BeamArrays, tables: AdvanceTables, places: Sequence[int]) -> None:
+    device = arrays.parents.device
+    arrays.start(tables, torch.tensor(list(places), device=device), first_words().to(device))
+
+
 class Trio:
     """The kernel, its twin and the C++ beam state over the same candidates."""
 
     def __init__(self, settings: BeamSettings, utterances: int, seed: int, coarse: bool = False) -> None:
         self.settings, self.utterances, self.coarse = settings, utterances, coarse
         self.generator = np.random.default_rng(seed)
-        self.tables = tables_of(settings)
+        self.tables = tables_of(settings, utterances=utterances)
         self.reference_tables = to_device(self.tables, torch.device("cpu"))
         self.ours, self.reference = (
-            BeamArrays.make(tables, utterances, VOCAB, settings.num_candidates, 2)
+            BeamArrays.make(tables, VOCAB, settings.num_candidates, 2)
             for tables in (self.tables, self.reference_tables)
         )
         for tables, arrays in ((self.tables, self.ours), (self.reference_tables, self.reference)):
-            arrays.reset(tables, torch.zeros(VOCAB), utterances)
+            start(arrays, tables, range(utterances))
         self.state = BeamState(settings, utterances, 2)
         self.step: BeamStep | None = None
 

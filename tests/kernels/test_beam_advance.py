@@ -111,9 +111,12 @@ def test_early_masks_are_lifted_step_by_step() -> None:
     seen = []
     for _ in range(3):
         trio.advance()
-        seen.append([float(trio.ours.bias[token]) for token in (5, 7, END)])
-    infinity = float("inf")
-    assert seen == [[-0.5, -infinity, -infinity], [-0.5, 0.25, -infinity], [-0.5, 0.25, 0.0]]
+        both = (trio.ours.place_masks[0], *trio.ours.masks)
+        seen.append(
+            [{bool(words[token // 32] >> token % 32 & 1) for words in both} for token in (5, 7, 31, 35, END, 9)]
+        )
+    yes, no = {True}, {False}
+    assert seen == [[yes, no, no, no, no, no], [yes, yes, yes, yes, no, no], [yes, yes, yes, yes, yes, no]]
 
 
 def test_what_it_cannot_do_is_refused() -> None:
