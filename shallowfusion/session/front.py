@@ -100,7 +100,6 @@ class DecoderSession:
             chosen = self._option_record(names) if options is None else options
             planner = self._planner_of(language_models)
             rule = chosen.resolved_rule(len(planner.language_models))
-            require(chosen.driver == "host", "a session is driven by the host; leave driver='device' out.")
             planner.check(rule)
             source = str(recording) if isinstance(recording, (str, Path)) else f"array {number}"
             future: Future[Transcription] = Future()
