@@ -93,21 +93,43 @@ def start(arrays: BeamArrays, tables: AdvanceTables, places: Sequence[int]) -> N
 
 
 class Trio:
-    """The kernel, its twin and the C++ beam state over the same candidates."""
+    """The kernel, its twin and, for each place, the C++ beam state over the same candidates."""
 
-    def __init__(self, settings: BeamSettings, utterances: int, seed: int, coarse: bool = False) -> None:
-        self.settings, self.utterances, self.coarse = settings, utterances, coarse
+    def __init__(
+        self, settings: BeamSettings, utterances: int, seed: int, coarse: bool = False, longest: int = 0
+    ) -> None:
+        self.settings, self.utterances, self.coarse, self.num_started = settings, utterances, coarse, 0
         self.generator = np.random.default_rng(seed)
-        self.tables = tables_of(settings, utterances=utterances)
+        self.tables = tables_of(settings, utterances=utterances, longest=longest)
         self.reference_tables = to_device(self.tables, torch.device("cpu"))
         self.ours, self.reference = (
             BeamArrays.make(tables, VOCAB, settings.num_candidates, 2)
             for tables in (self.tables, self.reference_tables)
         )
-        for tables, arrays in ((self.tables, self.ours), (self.reference_tables, self.reference)):
-            start(arrays, tables, range(utterances))
-        self.state = BeamState(settings, utterances, 2)
+        self.states: dict[int, BeamState] = {}
         self.step: BeamStep | None = None
+        self.start(range(utterances), settings)
+
+    def start(self, places: Sequence[int], settings: BeamSettings) -> None:
+        """Searches of these numbers in these places."""
+        own = tables_of(settings, longest=self.tables.longest)
+        for arrays, tables in ((self.ours, self.tables), (self.reference, self.reference_tables)):
+            device = arrays.parents.device
+            tables.take(torch.tensor(list(places), device=device), own, lambda given, to=device: given.to(to))  # type: ignore[misc]
+            start(arrays, tables, places)
+        self.states |= {place: BeamState(settings, 1, 2) for place in places}
+        self.num_started += len(places)
+        if self.step is not None:
+            for place in places:
+                self.step.totals[place] = [0.0] + [-np.inf] * (settings.beam_size - 1)
+                self.step.done[place] = False
+
+    def stop(self, places: Sequence[int]) -> None:
+        for place in places:
+            self.ours.done[place] = self.reference.done[place] = 1
+
+    def is_running(self, place: int) -> bool:
+        return not bool(self.reference.done[place])
 
     def advance(self, run: Callable[..., None] = advance_on_device, candidates: Candidates | None = None) -> None:
         """One step of all three, on random candidates if none are given; asserts that they agree bit for bit."""
@@ -122,12 +144,13 @@ class Trio:
             assert torch.equal(*(t.view(torch.int32) if t.dtype == torch.float32 else t for t in (mine, wanted))), name
         lanes = lanes_of(candidates, self.settings.beam_size)
         offered = (candidates.totals.numpy(), lanes, candidates.token_ids.numpy(), candidates.parts.numpy())
-        moved = self.state.advance(active, *(array[active] for array in offered))
-        np.testing.assert_array_equal(ours.done.numpy()[active] != 0, moved.done)
-        np.testing.assert_array_equal(ours.tokens.numpy()[active], moved.tokens)
-        np.testing.assert_array_equal(ours.parents.numpy()[active], moved.parents)
         totals = ours.totals.numpy().reshape(self.utterances, -1)
-        np.testing.assert_array_equal(totals[active].view(np.int32), moved.totals.view(np.int32))
+        for place in active:
+            moved = self.states[place].advance(np.array([0]), *(array[place : place + 1] for array in offered))
+            assert bool(ours.done[place]) == bool(moved.done[0])
+            np.testing.assert_array_equal(ours.tokens.numpy()[place], moved.tokens[0])
+            np.testing.assert_array_equal(ours.parents.numpy()[place], moved.parents[0])
+            np.testing.assert_array_equal(totals[place].view(np.int32), moved.totals[0].view(np.int32))
         self.step = BeamStep(ours.tokens.numpy(), ours.parents.numpy(), totals.copy(), ours.done.numpy() != 0)
 
     def run(self, run: Callable[..., None] = advance_on_device) -> int:
