@@ -230,8 +230,8 @@ class SessionEngine:
             logger.warning("the host drives this search: %s", reason)
             for job in jobs:
                 job.host_reason = reason
-            if (self.jobs or len(jobs) > 1) and not self._fits([*self.jobs, *self.held, *jobs]):
-                raise MemoryError(f"memory_budget bears no search driven by the host beside the others: {reason}")
+        if (self.jobs or len(jobs) > 1) and not self._fits([*self.jobs, *self.held, *jobs]):
+            raise MemoryError("memory_budget bears no more searches driven by the host beside those that run")
         self._device.shrink(self._budget - others - bytes_together(job.demands for job in jobs))
         return self._running.admit(own.scorers, own.contexts, own.names, own.plan, own.late), reason
 

@@ -242,6 +242,26 @@ def test_programs_count_in_the_budget(one_lm, recordings) -> None:
         assert_nothing_is_left(session)
 
 
+def test_programs_and_searches_of_the_host_share_the_budget(one_lm, recordings) -> None:
+    """Those that entered together too: a program leaves less for who comes after it."""
+    with one_lm.session(max_utterances=4) as session:
+        session.submit(recordings[0], **DEVICE).result()
+        program = session.statistics().reserved_bytes
+    budget, most = program + 250_000, []
+    with one_lm.session(max_utterances=4, memory_budget=budget, admission_seconds=1.0) as session:
+        futures = [
+            session.submit(own, min_new_tokens=6, **(BASE if i % 2 else DEVICE)) for i, own in enumerate(recordings)
+        ]
+        while not all(future.done() for future in futures):
+            most.append(engine_of(session).reserved_bytes)
+            time.sleep(0.001)
+    assert program < max(most) <= budget
+    for own, future in zip(recordings, futures, strict=True):
+        assert_same(future.result(), alone(one_lm, own, min_new_tokens=6, **BASE))
+    assert session.statistics().failed == 0
+    assert_nothing_is_left(session)
+
+
 def test_a_rule_given_up_is_searched_again_by_the_device(one_lm, recordings) -> None:
     own = options(floor=middle(one_lm, recordings), min_new_tokens=5, driver="device")
     wanted = one_lm.decode(recordings, dataclasses.replace(own, driver="host"))
