@@ -19,6 +19,7 @@ from shallowfusion.search.device_program import LAG, Program
 from shallowfusion.search.device_running import DeviceCohort, DeviceSearches
 from shallowfusion.search.loop import StageClock, search
 from shallowfusion.search.sources import Sources
+from tests.kernels.advance_cases import DEVICE
 from tests.tiny import DEVICES, decoder_on, random_encoder_output, tiny_lm, tiny_whisper
 
 BASE: dict[str, Any] = {
@@ -317,8 +318,9 @@ def test_what_memory_does_not_bear_is_refused(model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_rule", ["hf", "whisper", "espnet"])
-def test_kernels_alone_let_utterances_enter_and_leave(model, stop_rule: str) -> None:
-    """K1, K2, K3 and the slots in Triton's interpreter."""
+def test_kernels_alone_let_utterances_enter_and_leave(stop_rule: str) -> None:
+    """K1, K2, K3 and the slots, in Triton's interpreter where there is no GPU."""
+    model = decoder_on(str(DEVICE))
     running, asked = DeviceSearches(StageClock(), 2), []
     penalty = None if stop_rule == "whisper" else 1.0
     for number, options in enumerate(({"max_new_tokens": 3}, {"min_new_tokens": 3}, {"suppress_tokens": (3, 35)})):
