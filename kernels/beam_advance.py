@@ -39,9 +39,9 @@ def plan_beam_advance(tables: AdvanceTables, arrays: BeamArrays, candidates: Can
         ),
         (
             tables.end_ids, tables.scales, tables.stop_scales, tables.weights,
-            (tables.edit_words, tables.edit_until, tables.edit_bits), tables.limits,
+            tables.edit_words, tables.edit_until, tables.edit_bits, tables.limits,
         ),
-        (arrays.tokens, arrays.parents, arrays.totals, arrays.weights, (arrays.place_masks, arrays.masks)),
+        (arrays.tokens, arrays.parents, arrays.totals, arrays.weights, arrays.place_masks, arrays.masks),
         arrays.ring, tables.longest + 1, arrays.masks.shape[1], settings.end_ids[0] if settings.end_ids else 0,
     )  # fmt: skip
     constants = {

@@ -98,10 +98,11 @@ def end_detected(ended, best, length):
 
 
 @triton.jit
-def lift(edits, masks, utterance, step, words, K: tl.constexpr, KP: tl.constexpr, EDITS: tl.constexpr):
+def lift(
+    edit_words, edit_until, edit_bits, place_masks, row_masks, utterance, step, words,
+    K: tl.constexpr, KP: tl.constexpr, EDITS: tl.constexpr,
+):  # fmt: skip
     """Sets the bits of the tokens that one search may say from step number `step` on; a word changes once a step."""
-    edit_words, edit_until, edit_bits = edits
-    place_masks, row_masks = masks
     at = utterance * EDITS + tl.arange(0, EDITS)
     due = tl.load(edit_until + at) == step
     word = tl.load(edit_words + at, mask=due, other=0)
@@ -126,8 +127,8 @@ def beam_advance(
     """
     cand_totals, cand_rows, cand_tokens, cand_parts, flags = candidates
     ticks, lengths, clocks, done_flags, finished_counts, keys, ended_totals, hashes = state
-    end_ids, scales, stop_scales, weight_table, edits, limits = tables
-    tokens_out, parents_out, totals_out, weights_out, masks = outputs
+    end_ids, scales, stop_scales, weight_table, edit_words, edit_until, edit_bits, limits = tables
+    tokens_out, parents_out, totals_out, weights_out, place_masks, masks = outputs
     utterance = tl.program_id(0).to(tl.int64)
     tick = tl.load(ticks + utterance)
     clock = tl.load(clocks + utterance)
@@ -234,7 +235,9 @@ def beam_advance(
         for s in tl.static_range(PARTS):
             part = tl.load(cand_parts + (utterance * C + place) * PARTS + s, mask=inside, other=0.0)
             tl.store(body + 3 * C + place * PARTS + s, part.to(tl.int32, bitcast=True), mask=inside)
-        lift(edits, masks, utterance, clock + 1, mask_width, K, KP, EDITS)
+        lift(
+            edit_words, edit_until, edit_bits, place_masks, masks, utterance, clock + 1, mask_width, K, KP, EDITS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["mapped", "chunks", "first_slot"])
