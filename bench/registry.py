@@ -102,5 +102,9 @@ CASES = (
     Case("timestamps", timestamps.run, ("tests/search/test_timestamps.py", "tests/search/test_timestamp_decoding.py")),
     Case("tuning", tuning.run, ("tests/training/test_offline.py",)),
     Case("delayed", delayed.run, ("tests/search/test_delayed.py", "tests/scorers/test_token_trees.py")),
-    Case("session", session.run, ("tests/session/test_front.py", "tests/search/test_running.py")),
+    Case(
+        "session",
+        session.run,
+        ("tests/session/test_front.py", "tests/session/test_device.py", "tests/search/test_running.py"),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +28,7 @@ class Work:
     Args:
         counts: "row_steps" and "live_rows" of the latest run of each provider.
         waits: seconds from arrival to result.
+        driver: who is asked to drive the searches.
     """
 
     decoder: object
@@ -35,6 +37,7 @@ class Work:
     beams: Sequence[int]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     waits: dict[str, list[float]] = field(default_factory=dict)
+    driver: str = "host"
 
     def options(self, place: int) -> object:
         from shallowfusion import DecodingOptions
@@ -43,6 +46,7 @@ class Work:
         return DecodingOptions(
             beam_size=self.beams[place], min_new_tokens=tokens, max_new_tokens=tokens, lm_weight=WEIGHT,
             end_policy="asr_only", end_threshold=None, suppress_blank=False, suppress_tokens=None,
+            driver=self.driver,
         )  # fmt: skip
 
 
@@ -114,6 +118,8 @@ def run(device: str, quick: bool) -> Iterator[list[Measurement]]:
     work = Work(pair.fused, states, lengths, [5] * count)
     yield list(_uneven(work, shape, device))
     yield list(_full(work, shape, turns=1 if quick else 2))
+    if quick or device != "cpu":  # a device's step on a CPU is for tests
+        yield list(_drivers(work, shape, device))
     mixed = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [1, 5, 2, 10, 5, 1, 5, 4])
     yield list(_beams(mixed, shape, device))
     alike = Work(pair.fused, states[:SLOTS], [6 if quick else 16] * SLOTS, [5] * SLOTS)
@@ -228,6 +234,37 @@ def kept_full(work: Work) -> Full:
     while running.num_running:
         running.step()
     return found
+
+
+def _drivers(work: Work, shape: str, device: str) -> Iterator[Measurement]:
+    """The host's steps or the device's, in sessions that are open and have searched the longest before: no capture."""
+    asked = {driver: replace(work, driver=driver) for driver in ("host", "device")}
+    longest = int(np.argmax(work.lengths))
+    with ExitStack() as opened:
+        sessions = {
+            driver: opened.enter_context(work.decoder.session(max_utterances=SLOTS, encoder_batch=SLOTS))  # type: ignore[attr-defined]
+            for driver in asked
+        }
+
+        def through(driver: str) -> list[tuple[int, ...]]:
+            own, session = asked[driver], sessions[driver]
+            done = [session.submit(encoded, own.options(place)) for place, encoded in enumerate(own.states)]
+            found = [future.result() for future in done]
+            if {result.timing.driver for result in found} != {driver}:
+                raise AssertionError(f"not driven by the {driver}: no speed is reported")
+            return [result.best.token_ids for result in found]
+
+        for driver, own in asked.items():
+            sessions[driver].submit(own.states[longest], own.options(longest)).result()
+        providers = {f"{driver}-driven": lambda d=driver: through(d) for driver in asked}
+        _check(providers)
+        seconds = take_turns(providers, repeats=3, warm_up=0, device=device)
+    tokens = sum(work.lengths)
+    notes = {name: f"{tokens / float(np.median(own)):.3g} tokens/s" for name, own in seconds.items()}
+    where = (
+        f"{shape} utterances={len(work.states)} places={SLOTS} beams=5 tokens={min(work.lengths)}-{max(work.lengths)}"
+    )
+    yield from measurements("session", where, "float32", seconds, "host-driven", note=notes)
 
 
 def _beams(work: Work, shape: str, device: str) -> Iterator[Measurement]:

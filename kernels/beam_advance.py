@@ -34,28 +34,28 @@ def plan_beam_advance(tables: AdvanceTables, arrays: BeamArrays, candidates: Can
     arguments = (
         (candidates.totals, candidates.parent_rows, candidates.token_ids, candidates.parts, candidates.flags),
         (
-            arrays.lengths, arrays.clocks, arrays.done, arrays.finished, arrays.keys, arrays.ended_totals,
-            arrays.hashes,
+            arrays.ticks, arrays.lengths, arrays.clocks, arrays.done, arrays.finished, arrays.keys,
+            arrays.ended_totals, arrays.hashes,
         ),
         (
             tables.end_ids, tables.scales, tables.stop_scales, tables.weights,
-            tables.edit_tokens, tables.edit_until, tables.edit_values, tables.limits,
+            tables.edit_words, tables.edit_until, tables.edit_bits, tables.limits,
         ),
-        (arrays.tokens, arrays.parents, arrays.totals, arrays.weights, arrays.bias),
-        arrays.ring, tables.longest + 1, settings.end_ids[0] if settings.end_ids else 0,
+        (arrays.tokens, arrays.parents, arrays.totals, arrays.weights, arrays.place_masks, arrays.masks),
+        arrays.ring, tables.longest + 1, arrays.masks.shape[1], settings.end_ids[0] if settings.end_ids else 0,
     )  # fmt: skip
     constants = {
         "RULE": RULES[settings.stop_rule],
         "EARLY": device.FIRST.value if settings.early_stopping == "first" else 0,
         "ENDS": len(settings.end_ids),
         "PARTS": candidates.parts.shape[2],
-        "SOURCES": tables.weights.shape[1],
+        "SOURCES": tables.weights.shape[2],
         "RING": RING_ENTRIES,
         "C": count,
         "CP": max(2, triton.next_power_of_2(count)),
         "K": settings.beam_size,
         "KP": max(2, triton.next_power_of_2(settings.beam_size)),
-        "EDITS": len(tables.edit_tokens),
+        "EDITS": tables.edit_words.shape[1],
         "num_warps": 1,
         "enable_fp_fusion": False,
     }
@@ -86,17 +86,25 @@ def plan_follow_slots(arrays: BeamArrays, slots: SlotArrays, mapping: Tensor | N
 
 
 def plan_limit_end(
-    logits: Tensor, statistics: RowStatistics, allowed: Tensor, end_id: int, temperature: float, threshold: float
+    logits: Tensor,
+    statistics: RowStatistics,
+    masks: Tensor,
+    place_masks: Tensor,
+    end_id: int,
+    temperature: float,
+    threshold: float,
 ) -> Launch:
     """The launch that forbids the end where its acoustic log-prob is below threshold times that of the best token.
 
     Args:
-        allowed: int32 [rows, words], all other words -1 already.
+        masks: int32 [rows, words], of which the end's word is written; place_masks: int32 [places, words], see
+            `BeamArrays`.
     """
     bit = end_id % 32
     without_end = ~(1 << bit if bit < 31 else -(1 << 31))
     arguments = (
-        logits, logits.stride(0), statistics.log_sum_exp, statistics.max_log_prob, allowed, allowed.shape[1], end_id,
-        end_id // 32, without_end, temperature, threshold,
+        logits, logits.stride(0), statistics.log_sum_exp, statistics.max_log_prob, masks, place_masks, masks.shape[1],
+        end_id, end_id // 32, without_end, temperature, threshold,
     )  # fmt: skip
-    return Launch(device.limit_end, (logits.shape[0],), arguments, {"num_warps": 1, "enable_fp_fusion": False})
+    constants = {"K": len(masks) // len(place_masks), "num_warps": 1, "enable_fp_fusion": False}
+    return Launch(device.limit_end, (logits.shape[0],), arguments, constants)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ __all__ = [
     "BeamArrays",
     "SlotArrays",
     "edit_room",
+    "mask_words",
     "max_finished",
     "record_words",
+    "slot_capacity",
 ]
 
 RING_ENTRIES = 64
@@ -44,21 +47,21 @@ def max_finished(settings: BeamSettings) -> int:
 
 @dataclass(frozen=True)
 class AdvanceTables:
-    """What a step looks up by length; the same for all utterances of a search.
+    """What a step looks up by length, for the search in each place.
 
-    Numbers, not shapes: `take` writes those of another search in their place, under a step that was captured.
+    Numbers, not shapes: `take` writes those of searches that start, under a step that was captured.
 
     Args:
-        settings: without recombination.
+        settings: without recombination; beam size, end tokens, stop rule and whether early stopping is "first" hold for
+            all places, the other numbers are in the tables.
         end_ids: int32 [ends].
-        limits: int32 [3], max_new_tokens, `max_finished`, num_edits.
-        scales: float32 [longest + 1], what a total is divided by for its key at each length; longest is at least
-            max_new_tokens.
+        limits: int32 [places, 2], max_new_tokens and `max_finished`.
+        scales: float32 [places, longest + 1], what a total is divided by for its key at each length; longest is at
+            least max_new_tokens.
         stop_scales: the same for the best live hypothesis when the stop rule asks what it could still reach.
-        weights: float32 [longest + 1, sources], weights of the fused step after so many tokens.
-        edit_tokens, edit_until: int32 [edits], tokens forbidden in the first `until` steps; distinct.
-        edit_values: float32 [edits], their bias from then on.
-        num_edits: how many edits count; the rest is padding.
+        weights: float32 [places, longest + 1, sources], weights of the fused step after so many tokens.
+        edit_words, edit_until, edit_bits: int32 [places, edits]: from step number `until` of a search on, these bits of
+            that mask word are set; until = 0 is padding.
     """
 
     settings: BeamSettings
@@ -67,26 +70,26 @@ class AdvanceTables:
     scales: Tensor
     stop_scales: Tensor
     weights: Tensor
-    edit_tokens: Tensor
+    edit_words: Tensor
     edit_until: Tensor
-    edit_values: Tensor
-    num_edits: int
+    edit_bits: Tensor
 
     @classmethod
     def make(
         cls,
         settings: BeamSettings,
         weights: Tensor,
-        edits: Sequence[tuple[int, int, float]] = (),
-        device: torch.device | str = "cpu",
+        edits: Sequence[tuple[int, int]] = (),
         longest: int = 0,
+        most_edits: int = 0,
     ) -> AdvanceTables:
-        """Tables of a search.
+        """Tables of one search, on the CPU.
 
         Args:
             weights: float32 [max_new_tokens + 1, sources].
-            edits: (token, until, bias afterwards) of tokens that may not be said in the first steps.
+            edits: (token, until) of tokens that may not be said in the first `until` steps; distinct.
             longest: tokens there is room for, if more than max_new_tokens.
+            most_edits: entries of edits there is room for, if more than `edit_room`.
 
         Raises:
             InvalidArgumentError: recombination, more than 32 lanes, or more tokens than a table holds.
@@ -108,38 +111,70 @@ class AdvanceTables:
         scales = [scale_of(settings, length) for length in range(longest + 1)]
         judged_late = settings.early_stopping == "never" and (settings.length_penalty or 0.0) > 0
         stop_scales = [scales[most]] * (longest + 1) if judged_late else scales
-        padded = [*edits, *[(0, 0, 0.0)] * (edit_room(len(edits)) - len(edits))]
-        tokens, until, values = zip(*padded, strict=True)
+        words = edited_words(edits)
+        padded = [*words, *[(0, 0, 0)] * (max(edit_room(edits), most_edits) - len(words))]
+        places, until, bits = zip(*padded, strict=True)
         weights = torch.cat([weights, weights[-1:].expand(longest - most, -1)])
         return cls(
             settings=settings,
-            end_ids=torch.tensor(settings.end_ids, dtype=torch.int32, device=device),
-            limits=torch.tensor([most, max_finished(settings), len(edits)], dtype=torch.int32, device=device),
-            scales=torch.tensor(scales, dtype=torch.float32, device=device),
-            stop_scales=torch.tensor(stop_scales, dtype=torch.float32, device=device),
-            weights=weights.to(device, torch.float32).contiguous(),
-            edit_tokens=torch.tensor(tokens, dtype=torch.int32, device=device),
-            edit_until=torch.tensor(until, dtype=torch.int32, device=device),
-            edit_values=torch.tensor(values, dtype=torch.float32, device=device),
-            num_edits=len(edits),
+            end_ids=torch.tensor(settings.end_ids, dtype=torch.int32),
+            limits=torch.tensor([[most, max_finished(settings)]], dtype=torch.int32),
+            scales=torch.tensor([scales], dtype=torch.float32),
+            stop_scales=torch.tensor([stop_scales], dtype=torch.float32),
+            weights=weights.float().cpu().contiguous()[None],
+            edit_words=torch.tensor([places], dtype=torch.int32),
+            edit_until=torch.tensor([until], dtype=torch.int32),
+            edit_bits=torch.tensor([bits], dtype=torch.int32),
         )
 
     @property
     def longest(self) -> int:
-        return len(self.scales) - 1
+        return int(self.scales.shape[1]) - 1
 
-    def take(self, other: AdvanceTables) -> AdvanceTables:
-        """These tensors with the numbers of other tables, which have the same shapes."""
-        kept = {}
-        for own in fields(self):
-            mine, theirs = getattr(self, own.name), getattr(other, own.name)
-            kept[own.name] = mine.copy_(theirs) if isinstance(mine, Tensor) else theirs
-        return AdvanceTables(**kept)
+    def spread(self, num_places: int, device: torch.device | str = "cpu") -> AdvanceTables:
+        """Tables of so many places on a device, all with these numbers."""
+        kept: dict[str, Any] = {own.name: getattr(self, own.name) for own in fields(self)}
+        for name in BY_PLACE:
+            kept[name] = kept[name].expand(num_places, *[-1] * (kept[name].dim() - 1)).contiguous().to(device)
+        return AdvanceTables(**{**kept, "end_ids": self.end_ids.to(device)})
+
+    def take(self, places: Tensor, own: AdvanceTables, send: Callable[[Tensor], Tensor]) -> None:
+        """Write the numbers of one search into the tables of the places in which it starts, those of the others stay.
+
+        Args:
+            places: int64, distinct, on the device.
+            own: of the same shapes, but for one place.
+            send: to the device.
+        """
+        for name in BY_PLACE:
+            mine, given = getattr(self, name), send(getattr(own, name))
+            mine.index_copy_(0, places, given.expand(len(places), *mine.shape[1:]))
 
 
-def edit_room(num_edits: int) -> int:
-    """Edits that tables have room for: powers of two, at least 4, so that searches of all kinds fit few shapes."""
-    return max(4, 1 << max(0, num_edits - 1).bit_length())
+BY_PLACE = ("limits", "scales", "stop_scales", "weights", "edit_words", "edit_until", "edit_bits")
+
+
+def edited_words(edits: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(mask word, until, bits as int32) of tokens forbidden at first; at any step a word changes at most once."""
+    found: dict[tuple[int, int], int] = {}
+    for token, until in edits:
+        key = (token // 32, until)
+        found[key] = found.get(key, 0) | 1 << token % 32
+    return [(word, until, bits - (bits >> 31 << 32)) for (word, until), bits in found.items()]
+
+
+def mask_words(forbidden: Sequence[int], vocab: int) -> Tensor:
+    """Bits of all tokens that are not forbidden, int32 [words]; bits beyond the vocabulary are set."""
+    words = [-1] * ((vocab + 31) // 32)
+    for token in forbidden:
+        bit = token % 32
+        words[token // 32] &= ~(1 << bit if bit < 31 else -(1 << 31))
+    return torch.tensor(words, dtype=torch.int32)
+
+
+def edit_room(edits: Sequence[tuple[int, int]]) -> int:
+    """Entries that tables have for such edits: powers of two, at least 4, so that many searches fit few shapes."""
+    return max(4, 1 << max(0, len(edited_words(edits)) - 1).bit_length())
 
 
 def scale_of(settings: BeamSettings, length: int) -> float:
@@ -156,22 +191,25 @@ def scale_of(settings: BeamSettings, length: int) -> float:
 
 @dataclass(frozen=True)
 class BeamArrays:
-    """State of a batch of searches and what a step leaves behind; rows = utterances * beam_size.
+    """State of the searches in some places and what a step leaves behind; rows = places * beam_size.
 
     Args:
-        lengths, clocks, done, finished: int32 [utterances]: tokens of the live hypotheses, steps run, 1 when done,
-            finished hypotheses.
-        keys: float32 [utterances, beam_size]: the keys of the pool, best first (`hf`); the best finished total
+        ticks: int32 [places], where in the ring the coming step is recorded, the same for all and whatever starts.
+        lengths, clocks, done, finished: int32 [places]: tokens of the live hypotheses, steps of the search, 1 when it
+            is done or none was started, finished hypotheses.
+        keys: float32 [places, beam_size]: the keys of the pool, best first (`hf`); the best finished total
             (`espnet`, in column 0).
-        ended_totals: float32 [utterances, longest + 1], best finished total of each length (`espnet`).
-        hashes: int64 [utterances], of everything decided so far, in order.
-        tokens, parents: int64 [utterances, beam_size], the live lanes as `BeamStep` has them.
+        ended_totals: float32 [places, longest + 1], best finished total of each length (`espnet`).
+        hashes: int64 [places], of everything a search has decided so far, in order.
+        tokens, parents: int64 [places, beam_size], the live lanes as `BeamStep` has them.
         totals: float32 [rows].
         weights: float32 [rows, sources], of the coming fused step.
-        bias: float32 [vocab], of the coming fused step.
-        ring: int32 [RING_ENTRIES, utterances, record_words], what the mirror replays.
+        place_masks: int32 [places, words], tokens that each search may say in the coming step, bit by bit.
+        masks: int32 [rows, words], the same by row; later calls of a step take tokens out here.
+        ring: int32 [RING_ENTRIES, places, record_words], what the mirrors replay.
     """
 
+    ticks: Tensor
     lengths: Tensor
     clocks: Tensor
     done: Tensor
@@ -183,51 +221,59 @@ class BeamArrays:
     parents: Tensor
     totals: Tensor
     weights: Tensor
-    bias: Tensor
+    place_masks: Tensor
+    masks: Tensor
     ring: Tensor
 
     @classmethod
-    def make(
-        cls, tables: AdvanceTables, num_utterances: int, vocab: int, num_candidates: int, num_parts: int
-    ) -> BeamArrays:
-        """Memory for a batch, on the device of the tables; `reset` starts a search in it."""
+    def make(cls, tables: AdvanceTables, vocab: int, num_candidates: int, num_parts: int) -> BeamArrays:
+        """Memory for as many places as the tables have, on their device; `start` starts searches in it."""
         device, lanes = tables.scales.device, tables.settings.beam_size
-        rows, sources = num_utterances * lanes, tables.weights.shape[1]
-        longest = tables.longest
+        places, longest, sources = tables.weights.shape
+        rows, words = places * lanes, (vocab + 31) // 32
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        counts = [empty(num_utterances, dtype=torch.int32) for _ in range(4)]
+        ticks, lengths, clocks, done, finished = (empty(places, dtype=torch.int32) for _ in range(5))
         return cls(
-            *counts,
-            keys=empty(num_utterances, lanes, dtype=torch.float32),
-            ended_totals=empty(num_utterances, longest + 1, dtype=torch.float32),
-            hashes=empty(num_utterances, dtype=torch.int64),
-            tokens=empty(num_utterances, lanes, dtype=torch.int64),
-            parents=empty(num_utterances, lanes, dtype=torch.int64),
-            totals=empty(rows, dtype=torch.float32),
+            ticks,
+            lengths,
+            clocks,
+            done.fill_(1),
+            finished,
+            keys=empty(places, lanes, dtype=torch.float32),
+            ended_totals=empty(places, longest, dtype=torch.float32),
+            hashes=empty(places, dtype=torch.int64),
+            tokens=empty(places, lanes, dtype=torch.int64),
+            parents=empty(places, lanes, dtype=torch.int64),
+            totals=empty(rows, dtype=torch.float32).fill_(IMPOSSIBLE),
             weights=empty(rows, sources, dtype=torch.float32),
-            bias=empty(vocab, dtype=torch.float32),
-            ring=empty(RING_ENTRIES, num_utterances, record_words(num_candidates, num_parts), dtype=torch.int32),
+            place_masks=empty(places, words, dtype=torch.int32).fill_(-1),
+            masks=empty(rows, words, dtype=torch.int32).fill_(-1),
+            ring=empty(RING_ENTRIES, places, record_words(num_candidates, num_parts), dtype=torch.int32),
         )
 
-    def reset(self, tables: AdvanceTables, bias: Tensor, num_searches: int) -> None:
-        """Start a search for the first `num_searches` utterances: lane 0 lives with total 0; the others are done.
+    def start(self, tables: AdvanceTables, places: Tensor, words: Tensor) -> None:
+        """Start a search in each of these places: lane 0 lives with total 0. Other places stay as they are.
 
         Args:
-            bias: float32 [vocab], of the first step.
+            places: int64, distinct, on the device.
+            words: int32 [words], what may be said in the first step, on the device.
         """
-        for counts in (self.lengths, self.clocks, self.done, self.finished, self.hashes, self.tokens, self.parents):
-            counts.zero_()
-        self.done[num_searches:] = 1
-        self.keys.fill_(IMPOSSIBLE)
-        self.ended_totals.fill_(IMPOSSIBLE)
-        self.totals.fill_(IMPOSSIBLE)
-        self.totals.view(self.parents.shape)[:num_searches, 0] = 0.0
-        self.weights.copy_(tables.weights[:1].expand_as(self.weights))
-        self.bias.copy_(bias)
-        self.ring.zero_()
+        num_places, lanes = self.parents.shape
+        for memory in (self.lengths, self.clocks, self.finished, self.hashes, self.tokens, self.parents):
+            memory.index_fill_(0, places, 0)
+        for memory in (self.keys, self.ended_totals):
+            memory.index_fill_(0, places, IMPOSSIBLE)
+        totals = self.totals.view(num_places, lanes)
+        totals.index_fill_(0, places, IMPOSSIBLE)
+        totals[:, 0].index_fill_(0, places, 0.0)
+        weights = tables.weights[:, 0].index_select(0, places)[:, None].expand(-1, lanes, -1)
+        self.weights.view(num_places, lanes, -1).index_copy_(0, places, weights)
+        self.place_masks.index_copy_(0, places, words.expand(len(places), -1))
+        self.masks.view(num_places, lanes, -1).index_copy_(0, places, words.expand(len(places), lanes, -1))
+        self.done.index_fill_(0, places, 0)
 
 
 @dataclass(frozen=True)
@@ -279,20 +325,21 @@ class SlotArrays:
     def make(
         cls, num_utterances: int, beam_size: int, max_new_tokens: int, prompt_slots: int, device: torch.device | str
     ) -> SlotArrays:
-        """Memory for prompts of up to `prompt_slots` tokens and as many steps as a search may take."""
+        """Memory for prompts of up to `prompt_slots` tokens and as many steps as a search may take.
+
+        Until a search starts in a place, its lanes see the first slot, so that no attention is over nothing.
+        """
 
         def empty(width: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros((num_utterances, width), dtype=dtype, device=device)
 
-        capacity = -(-(prompt_slots + max_new_tokens * beam_size) // SLOT_ROUNDING) * SLOT_ROUNDING
-        table = empty(3 * capacity).view(num_utterances, 3, capacity)
-        table[:, 0, 0] = torch.arange(num_utterances, device=device)
-        return cls(
+        capacity = slot_capacity(beam_size, max_new_tokens, prompt_slots)
+        made = cls(
             steps=empty(1).view(-1),
             seen=empty(beam_size),
             last_tokens=empty(beam_size),
             last_slots=empty(beam_size),
-            table=table,
+            table=empty(3 * capacity).view(num_utterances, 3, capacity),
             sight=empty(capacity),
             lanes=torch.arange(beam_size, dtype=torch.int32, device=device).view(1, 1, -1, 1),
             ids=empty(beam_size, torch.int64),
@@ -300,29 +347,37 @@ class SlotArrays:
             writes=empty(beam_size, torch.int64),
             first_slot=prompt_slots,
         )
+        places = torch.arange(num_utterances, device=device)
+        made.start(places, torch.ones_like(places), torch.zeros_like(places))
+        return made
 
-    def reset(self, lengths: Tensor, last_tokens: Tensor) -> None:
-        """Every lane sees the prompt of its utterance, int64 [utterances] tokens long, at slots 0, 1, ...
+    def start(self, places: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
+        """Every lane of these places sees the prompt that was read there, at slots 0, 1, ...; other places stay.
 
         Args:
-            last_tokens: int64 [utterances], of the prompts.
+            places: int64, distinct; lengths: int64, tokens of their prompts; last_tokens: int64, of the prompts.
         """
-        for memory in (self.steps, self.bits, self.ids):
-            memory.zero_()
-        self.counts.copy_(lengths)
-        self.slots.copy_(torch.arange(self.capacity, device=self.slots.device).expand_as(self.slots))
-        self.seen.copy_(lengths[:, None].expand_as(self.seen))
-        self.positions.copy_(self.seen - 1)
-        self.last_tokens.copy_(last_tokens[:, None].expand_as(self.seen))
-        self.last_slots.copy_(self.seen - 1)
-        self.writes.copy_(self.last_slots)
-        self.ids.copy_(self.last_tokens)
         lanes = self.seen.shape[1]
+        slots = torch.arange(self.capacity, dtype=torch.int32, device=self.table.device).expand(len(places), -1)
         every = -1 if lanes == 32 else (1 << lanes) - 1
-        self.bits.masked_fill_(self.slots < lengths[:, None], every)
-        self.sight.copy_(self.bits)
+        bits = (slots < lengths[:, None]).int() * every
+        table = torch.stack([torch.zeros_like(slots), slots, bits], dim=1)
+        table[:, 0, 0], table[:, 0, 1] = places, lengths
+        self.table.index_copy_(0, places, table)
+        self.sight.index_copy_(0, places, bits)
+        self.steps.index_fill_(0, places, 0)
+        for memory, given in (
+            (self.seen, lengths), (self.positions, lengths - 1), (self.last_slots, lengths - 1),
+            (self.writes, lengths - 1), (self.last_tokens, last_tokens), (self.ids, last_tokens),
+        ):  # fmt: skip
+            memory.index_copy_(0, places, given[:, None].expand(-1, lanes).to(memory.dtype))
 
     def visible(self, out: Tensor | None = None) -> Tensor:
         """The attention mask, bool [utterances, 1, beam_size, capacity], by slot; into `out` where given."""
         seen = (self.sight[:, None, None, :] >> self.lanes).bitwise_and_(1)
         return torch.ne(seen, 0, out=out)
+
+
+def slot_capacity(beam_size: int, max_new_tokens: int, prompt_slots: int) -> int:
+    """Slots of a place with room for so much."""
+    return -(-(prompt_slots + max_new_tokens * beam_size) // SLOT_ROUNDING) * SLOT_ROUNDING

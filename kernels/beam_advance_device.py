@@ -97,9 +97,26 @@ def end_detected(ended, best, length):
     return detected
 
 
-@triton.jit(do_not_specialize=["ended_width", "dead_token"])
+@triton.jit
+def lift(
+    edit_words, edit_until, edit_bits, place_masks, row_masks, utterance, step, words,
+    K: tl.constexpr, KP: tl.constexpr, EDITS: tl.constexpr,
+):  # fmt: skip
+    """Sets the bits of the tokens that one search may say from step number `step` on; a word changes once a step."""
+    at = utterance * EDITS + tl.arange(0, EDITS)
+    due = tl.load(edit_until + at) == step
+    word = tl.load(edit_words + at, mask=due, other=0)
+    allowed = tl.load(place_masks + utterance * words + word, mask=due, other=0)
+    allowed = allowed | tl.load(edit_bits + at, mask=due, other=0)
+    tl.store(place_masks + utterance * words + word, allowed, mask=due)
+    lane = tl.arange(0, KP)[:, None]
+    spread = tl.zeros([KP, EDITS], tl.int32) + allowed[None, :]
+    tl.store(row_masks + (utterance * K + lane) * words + word[None, :], spread, mask=(lane < K) & due[None, :])
+
+
+@triton.jit(do_not_specialize=["width", "mask_width", "dead_token"])
 def beam_advance(
-    candidates, state, tables, outputs, ring, ended_width, dead_token,
+    candidates, state, tables, outputs, ring, width, mask_width, dead_token,
     RULE: tl.constexpr, EARLY: tl.constexpr, ENDS: tl.constexpr, PARTS: tl.constexpr, SOURCES: tl.constexpr,
     RING: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, EDITS: tl.constexpr,
 ):  # fmt: skip
@@ -109,13 +126,15 @@ def beam_advance(
     correctly rounded, by scales tabled per length, as HF's rule has them; the other rules compare totals and counts.
     """
     cand_totals, cand_rows, cand_tokens, cand_parts, flags = candidates
-    lengths, clocks, done_flags, finished_counts, keys, ended_totals, hashes = state
-    end_ids, scales, stop_scales, weight_table, edit_tokens, edit_until, edit_values, limits = tables
-    tokens_out, parents_out, totals_out, weights_out, bias = outputs
+    ticks, lengths, clocks, done_flags, finished_counts, keys, ended_totals, hashes = state
+    end_ids, scales, stop_scales, weight_table, edit_words, edit_until, edit_bits, limits = tables
+    tokens_out, parents_out, totals_out, weights_out, place_masks, masks = outputs
     utterance = tl.program_id(0).to(tl.int64)
+    tick = tl.load(ticks + utterance)
     clock = tl.load(clocks + utterance)
+    tl.store(ticks + utterance, (tick + 1) % RING)
     tl.store(clocks + utterance, clock + 1)
-    record = ring + ((clock % RING) * tl.num_programs(0) + utterance) * (HEADER + C * (3 + PARTS))
+    record = ring + (tick * tl.num_programs(0) + utterance) * (HEADER + C * (3 + PARTS))
     lane = tl.arange(0, KP)
     in_beam = lane < K
     if tl.load(done_flags + utterance) != 0:
@@ -137,19 +156,21 @@ def beam_advance(
             ends = ends | (tokens == tl.load(end_ids + e))
 
         # who finishes and who lives
-        max_new_tokens = tl.load(limits)
+        max_new_tokens = tl.load(limits + utterance * 2)
+        max_finished = tl.load(limits + utterance * 2 + 1)
         none_possible = tl.sum(possible.to(tl.int32), axis=0) == 0
         length = tl.load(lengths + utterance) + tl.where(none_possible, 0, 1)
         at_limit = length >= max_new_tokens
+        row = utterance * width + length  # of the tables
         finished = tl.load(finished_counts + utterance)
         last = place * 0 + length >= max_new_tokens  # the interpreter makes numbers of a truth value it spreads
-        finishing, lives, to_lane = choose(possible, ends, rank, finished, tl.load(limits + 1), last, RULE, K)
+        finishing, lives, to_lane = choose(possible, ends, rank, finished, max_finished, last, RULE, K)
         num_live = tl.sum(lives.to(tl.int32), axis=0)
         finished += tl.sum(finishing.to(tl.int32), axis=0)
         stops = none_possible | (num_live == 0) | at_limit
         if RULE == HF:
             best_live = tl.max(tl.where(lives, totals, IMPOSSIBLE), axis=0)
-            scale = tl.load(scales + length)
+            scale = tl.load(scales + row)
             fresh = tl.div_rn(totals, tl.zeros([CP], tl.float32) + scale)
             pool = tl.load(keys + utterance * K + lane, mask=in_beam, other=IMPOSSIBLE)
             old = in_beam & (lane < finished - tl.sum(finishing.to(tl.int32), axis=0))
@@ -160,14 +181,14 @@ def beam_advance(
             worst = tl.max(tl.where(old & (old_ranks == K - 1), pool, IMPOSSIBLE), axis=0)
             worst = tl.maximum(worst, tl.max(tl.where(finishing & (new_ranks == K - 1), fresh, IMPOSSIBLE), axis=0))
             finished = tl.minimum(finished, K)
-            hopeless = tl.div_rn(best_live, tl.load(stop_scales + length)) <= worst
+            hopeless = tl.div_rn(best_live, tl.load(stop_scales + row)) <= worst
             stops = stops | ((finished == K) & ((EARLY == FIRST) | (K == 1) | hopeless))
         elif RULE == WHISPER:
-            stops = stops | (finished >= tl.load(limits + 1))
+            stops = stops | (finished >= max_finished)
         else:
             fresh_best = tl.max(tl.where(finishing, totals, IMPOSSIBLE), axis=0)
             best = tl.maximum(tl.load(keys + utterance * K), fresh_best)
-            ended = ended_totals + utterance * ended_width
+            ended = ended_totals + utterance * width
             stops = stops | end_detected(ended, best, length)
             tl.store(keys + utterance * K, best)
             tl.store(ended + length, fresh_best, mask=none_possible == 0)
@@ -187,7 +208,7 @@ def beam_advance(
         tl.store(finished_counts + utterance, finished)
         tl.store(done_flags + utterance, stops.to(tl.int32))
         for s in tl.static_range(SOURCES):
-            weight = tl.load(weight_table + length * SOURCES + s)
+            weight = tl.load(weight_table + row * SOURCES + s)
             tl.store(weights_out + at * SOURCES + s, tl.zeros([KP], tl.float32) + weight, mask=in_beam)
 
         # the hash of what was decided
@@ -214,15 +235,9 @@ def beam_advance(
         for s in tl.static_range(PARTS):
             part = tl.load(cand_parts + (utterance * C + place) * PARTS + s, mask=inside, other=0.0)
             tl.store(body + 3 * C + place * PARTS + s, part.to(tl.int32, bitcast=True), mask=inside)
-
-    # masks of the next step are the same for all: one program writes the few tokens that change
-    if utterance == 0:
-        edit = tl.arange(0, EDITS)
-        mine = edit < tl.load(limits + 2)
-        token = tl.load(edit_tokens + edit, mask=mine, other=0)
-        until = tl.load(edit_until + edit, mask=mine, other=0)
-        value = tl.load(edit_values + edit, mask=mine, other=0.0)
-        tl.store(bias + token, tl.where(clock + 1 < until, IMPOSSIBLE, value), mask=mine)
+        lift(
+            edit_words, edit_until, edit_bits, place_masks, masks, utterance, clock + 1, mask_width, K, KP, EDITS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["mapped", "chunks", "first_slot"])
@@ -235,16 +250,19 @@ def follow_slots(
     Lane k of step t writes slot first_slot + t * K + k. The list of slots that some lane sees stays in order and
     loses those that none sees; it is the slot table that `attend_slots` walks. `sight` holds the same bits by slot. A
     lane whose token the model lacks reads its last token anew in a fresh slot, so that its logits are what they were.
-    Reads 8 and writes 12 bytes per listed slot.
+    Reads 8 and writes 12 bytes per listed slot. A table of one that is done keeps one entry.
     """
     tokens_in, parents_in, done_flags = advanced
     steps, seen, last_tokens, last_slots, table, sight = memory
     ids_out, positions_out, writes_out = feed
     utterance = tl.program_id(0).to(tl.int64)
-    if tl.load(done_flags + utterance) == 0:
+    capacity = chunks * SLOT_CHUNK  # so that loads are known to be aligned
+    listed = table + utterance * (3 * capacity) + capacity
+    if tl.load(done_flags + utterance) != 0:
+        held = tl.load(listed - capacity + 1)
+        tl.store(listed - capacity + 1, tl.minimum(held, 1))
+    else:
         step = tl.load(steps + utterance)
-        capacity = chunks * SLOT_CHUNK  # so that loads are known to be aligned
-        listed = table + utterance * (3 * capacity) + capacity
         own_bits = listed + capacity
         by_slot = sight + utterance * capacity
         count = tl.load(listed - capacity + 1)
@@ -298,14 +316,16 @@ def follow_slots(
 
 @triton.jit(do_not_specialize=["stride", "words", "end_id", "word", "without_end"])
 def limit_end(
-    logits, stride, log_sum_exp, max_log_prob, allowed, words, end_id, word, without_end, temperature, threshold
+    logits, stride, log_sum_exp, max_log_prob, masks, place_masks, words, end_id, word, without_end, temperature,
+    threshold, K: tl.constexpr,
 ):  # fmt: skip
-    """Takes the end token out of mask word `word` of a row where the acoustic model finds it too unlikely.
+    """Writes mask word `word` of a row: the place's own, less the end where the acoustic model finds it too unlikely.
 
-    One row a program; reads three numbers and writes one word. `without_end` is the word with the end's bit off.
+    One row a program; reads four numbers and writes one word. `without_end` has all bits but the end's.
     """
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(logits + row * stride + end_id).to(tl.float32)
     log_prob = tl.div_rn(end, temperature) - tl.load(log_sum_exp + row)
     refused = log_prob < threshold * tl.load(max_log_prob + row)
-    tl.store(allowed + row * words + word, tl.where(refused, without_end, -1))
+    allowed = tl.load(place_masks + row // K * words + word)
+    tl.store(masks + row * words + word, tl.where(refused, allowed & without_end, allowed))

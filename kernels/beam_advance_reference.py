@@ -15,7 +15,6 @@ from shallowfusion.kernels.beam_advance_arrays import (
     AdvanceTables,
     BeamArrays,
     SlotArrays,
-    max_finished,
 )
 from shallowfusion.values import Candidates, RowStatistics
 
@@ -68,32 +67,39 @@ def hash_of_step(
 
 def beam_advance_reference(tables: AdvanceTables, arrays: BeamArrays, candidates: Candidates) -> None:
     """Move every search that is not done one token on, as `BeamState` would; leave a record in the ring."""
-    first = int(arrays.clocks[0])
     for utterance in range(len(arrays.lengths)):
-        clock = int(arrays.clocks[utterance])
-        arrays.clocks[utterance] = clock + 1
-        record = arrays.ring[clock % RING_ENTRIES, utterance].numpy()
+        tick, clock = int(arrays.ticks[utterance]), int(arrays.clocks[utterance])
+        arrays.ticks[utterance], arrays.clocks[utterance] = (tick + 1) % RING_ENTRIES, clock + 1
+        record = arrays.ring[tick, utterance].numpy()
         if arrays.done[utterance]:
             record[:2] = clock, DONE
         else:
             _advance(tables, arrays, candidates, utterance, record)
             record[0] = clock
-    for token, until, value in zip(tables.edit_tokens, tables.edit_until, tables.edit_values, strict=True):
-        if until > 0:
-            arrays.bias[token] = IMPOSSIBLE if first + 1 < until else value
+            _edit(tables, arrays, utterance, clock + 1)
+
+
+def _edit(tables: AdvanceTables, arrays: BeamArrays, utterance: int, step: int) -> None:
+    """Let the tokens be said that were forbidden until the coming step."""
+    masks = arrays.masks.view(len(arrays.lengths), -1, arrays.masks.shape[1])
+    edits = (memory[utterance].tolist() for memory in (tables.edit_words, tables.edit_until, tables.edit_bits))
+    for word, until, bits in zip(*edits, strict=True):
+        if until == step:
+            arrays.place_masks[utterance, word] |= bits
+            masks[utterance, :, word] = arrays.place_masks[utterance, word]
 
 
 def _advance(
     tables: AdvanceTables, arrays: BeamArrays, candidates: Candidates, utterance: int, record: npt.NDArray[np.int32]
 ) -> None:
-    settings, beam_size = tables.settings, tables.settings.beam_size
+    settings, beam_size, most = tables.settings, tables.settings.beam_size, int(tables.limits[utterance, 0])
     lanes = _lanes(candidates, utterance, beam_size)
     offers = _offers(candidates, utterance, lanes)
     length = int(arrays.lengths[utterance]) + bool(offers)
-    finishing, living = _choose(tables, offers, length, int(arrays.finished[utterance]))
+    finishing, living = _choose(tables, utterance, offers, length, int(arrays.finished[utterance]))
     living = living[:beam_size]
     stops = _finish(tables, arrays, utterance, finishing, living, length) or not living
-    stops = stops or length >= settings.max_new_tokens
+    stops = stops or length >= most
     chosen = [] if stops else living
     dead = settings.end_ids[0] if settings.end_ids else 0
     missing = beam_size - len(chosen)
@@ -104,7 +110,7 @@ def _advance(
     arrays.tokens[utterance] = torch.tensor(tokens)
     arrays.parents[utterance] = torch.tensor(parents)
     arrays.totals[rows] = torch.from_numpy(totals)
-    arrays.weights[rows] = tables.weights[length]
+    arrays.weights[rows] = tables.weights[utterance, length]
     arrays.lengths[utterance], arrays.done[utterance] = length, int(stops)
     status = ACTIVE + DONE * stops + FLAGGED * bool(candidates.flags[rows].any())
     before = int(arrays.hashes[utterance]) % WORD
@@ -131,20 +137,23 @@ def _offers(candidates: Candidates, utterance: int, lanes: npt.NDArray[np.int64]
     return offers
 
 
-def _choose(tables: AdvanceTables, offers: list[Offer], length: int, finished: int) -> tuple[list[Offer], list[Offer]]:
+def _choose(
+    tables: AdvanceTables, utterance: int, offers: list[Offer], length: int, finished: int
+) -> tuple[list[Offer], list[Offer]]:
     """Which offers finish and which live on, best first."""
     settings, beam_size = tables.settings, tables.settings.beam_size
+    most, most_finished = tables.limits[utterance].tolist()
     ends = [offer for offer in offers if offer.token in settings.end_ids]
     words = [offer for offer in offers if offer.token not in settings.end_ids]
     if settings.stop_rule == "hf":
-        at_limit = length >= settings.max_new_tokens
+        at_limit = length >= most
         stopping = offers if at_limit else ends
         return [offer for offer in stopping if offer.rank < beam_size], [] if at_limit else words
     if settings.stop_rule == "whisper":
         # ends met before beam_size others are in place
         enough = words[beam_size - 1].rank if len(words) >= beam_size else len(offers)
         met = [offer for offer in ends if offer.rank < enough]
-        return met[: max(0, max_finished(settings) - finished)], words
+        return met[: max(0, most_finished - finished)], words
     return [offer for offer in ends if offer.rank < beam_size], [offer for offer in words if offer.rank < beam_size]
 
 
@@ -156,7 +165,7 @@ def _finish(
     count = int(arrays.finished[utterance])
     if settings.stop_rule == "hf":
         with np.errstate(over="ignore"):
-            fresh = [float(offer.total / tables.scales[length].numpy()) for offer in finishing]
+            fresh = [float(offer.total / tables.scales[utterance, length].numpy()) for offer in finishing]
             pool = sorted([*arrays.keys[utterance, :count].tolist(), *fresh], reverse=True)[:beam_size]
             arrays.keys[utterance, : len(pool)] = torch.tensor(pool)
             arrays.finished[utterance] = len(pool)
@@ -164,10 +173,10 @@ def _finish(
                 return False
             if settings.early_stopping == "first" or beam_size == 1:
                 return True
-            return float(living[0].total / tables.stop_scales[length].numpy()) <= pool[-1]
+            return float(living[0].total / tables.stop_scales[utterance, length].numpy()) <= pool[-1]
     arrays.finished[utterance] = count + len(finishing)
     if settings.stop_rule == "whisper":
-        return count + len(finishing) >= max_finished(settings)
+        return count + len(finishing) >= int(tables.limits[utterance, 1])
     if living or finishing:
         own = max((float(offer.total) for offer in finishing), default=IMPOSSIBLE)
         arrays.ended_totals[utterance, length] = own
@@ -183,8 +192,12 @@ def _end_detected(ended: Tensor, best: float, length: int) -> bool:
 
 
 def follow_slots_reference(arrays: BeamArrays, slots: SlotArrays, mapping: Tensor | None, vocab: int) -> None:
-    """What the lanes of every utterance that is not done read next, and which slots each sees then."""
+    """What the lanes of every utterance that is not done read next, and which slots each sees then.
+
+    A table of one that is done keeps one entry, so that attention reads no more for it.
+    """
     beam_size = arrays.parents.shape[1]
+    slots.counts[arrays.done != 0] = slots.counts[arrays.done != 0].clamp(max=1)
     for utterance in (arrays.done == 0).nonzero().view(-1).tolist():
         parents, tokens = arrays.parents[utterance].tolist(), arrays.tokens[utterance].tolist()
         own = [int(mapping[t]) if mapping is not None else t if t < vocab else -1 for t in tokens]
@@ -218,9 +231,16 @@ def follow_slots_reference(arrays: BeamArrays, slots: SlotArrays, mapping: Tenso
 
 
 def limit_end_reference(
-    logits: Tensor, statistics: RowStatistics, allowed: Tensor, end_id: int, temperature: float, threshold: float
+    logits: Tensor,
+    statistics: RowStatistics,
+    masks: Tensor,
+    place_masks: Tensor,
+    end_id: int,
+    temperature: float,
+    threshold: float,
 ) -> None:
-    """Forbid the end where its acoustic log-prob is below threshold times that of the best token."""
+    """Forbid the end where its acoustic log-prob is below threshold times that of the best token, or it is already."""
     refused = logits[:, end_id].float() / temperature - statistics.log_sum_exp < threshold * statistics.max_log_prob
     word, bit = divmod(end_id, 32)
-    allowed[:, word] = torch.where(refused, ~(1 << bit if bit < 31 else -(1 << 31)), -1).to(torch.int32)
+    allowed = place_masks[:, word].repeat_interleave(len(masks) // len(place_masks))
+    masks[:, word] = torch.where(refused, allowed & ~(1 << bit if bit < 31 else -(1 << 31)), allowed)

@@ -2,50 +2,88 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shallowfusion.fusion.step import fused_step
-from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays, SlotArrays, edit_room
+from shallowfusion.kernels.beam_advance_arrays import (
+    AdvanceTables,
+    BeamArrays,
+    SlotArrays,
+    edit_room,
+    mask_words,
+    slot_capacity,
+)
 from shallowfusion.kernels.beam_advance_reference import (
     beam_advance_reference,
     follow_slots_reference,
     limit_end_reference,
 )
 from shallowfusion.scorers.base import CachedScorer, Context
-from shallowfusion.scorers.fixed_decoder import FixedDecoder
+from shallowfusion.scorers.fixed_decoder import FixedDecoder, sent
 from shallowfusion.search.device_timestamps import DeviceTimestamps
 from shallowfusion.search.loop import SearchPlan
 from shallowfusion.values import Candidates, RowStatistics, StepRequest, no_candidates
 
-__all__ = ["DeviceStep", "length_room", "step_tables", "structure"]
+__all__ = ["DeviceStep", "Rooms", "step_tables", "structure"]
 
 Call = Callable[[], object]
-IMPOSSIBLE = float("-inf")
 LENGTH_ROUNDING = 16  # tokens; so that searches of similar max_new_tokens share a step
+PROMPT_ROUNDING = 16  # tokens; so that prompts of similar length do
 
 
-def length_room(plan: SearchPlan) -> int:
-    """Tokens that a step for this plan has room for."""
-    return -(-plan.settings.max_new_tokens // LENGTH_ROUNDING) * LENGTH_ROUNDING
+@dataclass(frozen=True)
+class Rooms:
+    """How much a step has room for.
+
+    Args:
+        places: utterances. tokens: of the longest search. edits: mask words that change in the first steps.
+        prompts: slots of the longest prompt, per scorer.
+    """
+
+    places: int
+    tokens: int
+    edits: int
+    prompts: tuple[int, ...]
+
+    @classmethod
+    def wanted(cls, scorers: Sequence[Any], contexts: Sequence[Context], plan: SearchPlan, places: int) -> Rooms:
+        """What these prompts and this plan need, in few distinct sizes."""
+        longest = (
+            min(scorer.window - 1, max(len(prompt) for prompt in context.prompts))
+            for scorer, context in zip(scorers, contexts, strict=True)
+        )
+        tokens = -(-plan.settings.max_new_tokens // LENGTH_ROUNDING) * LENGTH_ROUNDING
+        prompts = tuple(-(-length // PROMPT_ROUNDING) * PROMPT_ROUNDING for length in longest)
+        return cls(places, tokens, edit_room(_edits(plan)), prompts)
+
+    def capacities(self, beam_size: int) -> list[int]:
+        """Slots of a place, per scorer."""
+        return [slot_capacity(beam_size, self.tokens, prompt) for prompt in self.prompts]
+
+    def holds(self, other: Rooms) -> bool:
+        """Whether whatever fits the other fits here."""
+        pairs = zip(self.prompts, other.prompts, strict=True)
+        most = self.places >= other.places and self.tokens >= other.tokens and self.edits >= other.edits
+        return most and all(own >= wanted for own, wanted in pairs)
 
 
 def structure(plan: SearchPlan) -> Hashable:
-    """What a step has fixed once its calls are: shapes, kernels and their arguments.
+    """What a step has fixed once its calls are, beside its `Rooms`: kernels and their arguments.
 
-    All else of a plan is a table that `DeviceStep.load` writes anew: weights of all steps, length penalty and bonus,
-    max_new_tokens up to `length_room`, early stopping but "first", patience, and which tokens are forbidden.
+    All else of a plan is a table that `DeviceStep.start` writes for the places in which it is searched: weights of all
+    steps, length penalty and bonus, max_new_tokens, early stopping but "first", patience, and forbidden tokens.
     """
     settings = plan.settings
     maps = tuple(None if given is None else given.cpu().numpy().tobytes() for given in plan.maps)
     return (
-        settings.beam_size, settings.end_ids, settings.stop_rule, settings.early_stopping == "first", length_room(plan),
+        settings.beam_size, settings.end_ids, settings.stop_rule, settings.early_stopping == "first",
         settings.recombination, maps, plan.unmapped, plan.normalize, plan.temperatures, _end_limit(plan),
-        _has_bias(plan), edit_room(len(_edits(plan))), plan.timestamps, plan.backend,
+        _has_mask(plan), plan.timestamps, plan.backend,
     )  # fmt: skip
 
 
@@ -54,50 +92,50 @@ def _end_limit(plan: SearchPlan) -> float | None:
     return plan.end_threshold if plan.rule.fuses or plan.fuses_late else None
 
 
-def _has_bias(plan: SearchPlan) -> bool:
-    return bool(plan.suppressed or _edits(plan))
+def _has_mask(plan: SearchPlan) -> bool:
+    limited = plan.timestamps is not None or _end_limit(plan) is not None
+    return bool(limited or plan.suppressed or _edits(plan))
 
 
-def step_tables(plan: SearchPlan, num_sources: int, device: torch.device) -> AdvanceTables:
-    """Weights and masks of every step of a plan without gates, as tables."""
+def step_tables(plan: SearchPlan, num_sources: int, rooms: Rooms) -> AdvanceTables:
+    """Weights and masks of every step of a plan without gates, as tables of one place."""
     settings, rule = plan.settings, plan.rule
     weights = [
         [plan.acoustic_weight, *rule.weights_at(step)][:num_sources] for step in range(settings.max_new_tokens + 1)
     ]
-    return AdvanceTables.make(settings, torch.tensor(weights), _edits(plan), device, length_room(plan))
+    return AdvanceTables.make(settings, torch.tensor(weights), _edits(plan), rooms.tokens, rooms.edits)
 
 
-def _edits(plan: SearchPlan) -> list[tuple[int, int, float]]:
-    """Tokens forbidden for some steps only: (token, steps, bias afterwards)."""
+def _edits(plan: SearchPlan) -> list[tuple[int, int]]:
+    """Tokens forbidden for some steps only: (token, steps)."""
     until = dict.fromkeys(plan.first_suppressed, 1)
     for token in plan.settings.end_ids if plan.min_new_tokens else ():
         until[token] = max(plan.min_new_tokens, until.get(token, 0))
-    return [(token, steps, 0.0) for token, steps in until.items() if token not in plan.suppressed]
+    return [(token, steps) for token, steps in until.items() if token not in plan.suppressed and steps > 0]
 
 
 class DeviceStep:
-    """The memory of a batch of device-driven searches and the calls that move it one token on.
+    """The memory of device-driven searches, each in a place, and the calls that move all of them one token on.
 
-    `load` starts searches; then `select` (fused step, beams, ring record) and `read` of every model, in turn. On CUDA
-    neither waits for the device, and neither allocates once its kernels are compiled; a CUDA graph may hold both.
+    `start` starts searches in some places; then `select` (fused step, beams, ring record) and `read` of every model, in
+    turn. On CUDA neither waits for the device, and neither allocates once its kernels are compiled; a CUDA graph may
+    hold both. Between two steps others may start in places where nothing is searched, each under a plan of its own;
+    nothing that a step has by address moves.
 
     Args:
         scorers: cached decoders, the acoustic one first, on one device.
-        plan: one that `refusal` has nothing to say about; later ones of the same `structure` may follow it.
-        num_utterances: places; a batch may fill fewer.
-        prompt_slots: per scorer, the longest prompt there is room for.
+        plan: one that `refusal` has nothing to say about; those that start are of the same `structure`.
+        rooms: those that start need no more.
     """
 
-    def __init__(
-        self, scorers: Sequence[CachedScorer], plan: SearchPlan, num_utterances: int, prompt_slots: Sequence[int]
-    ) -> None:
-        self.plan, self.num_utterances, self.device = plan, num_utterances, scorers[0].device
+    def __init__(self, scorers: Sequence[CachedScorer], plan: SearchPlan, rooms: Rooms) -> None:
+        self.plan, self.rooms, self.device = plan, rooms, scorers[0].device
         settings = plan.settings
         self.on_kernels = plan.backend == "triton" or (plan.backend == "auto" and self.device.type == "cuda")
-        self.tables = step_tables(plan, len(scorers), self.device)
+        self.tables = step_tables(plan, len(scorers), rooms).spread(rooms.places, self.device)
         self.slots = [
-            SlotArrays.make(num_utterances, settings.beam_size, length_room(plan), room, self.device)
-            for room in prompt_slots
+            SlotArrays.make(rooms.places, settings.beam_size, rooms.tokens, prompt, self.device)
+            for prompt in rooms.prompts
         ]
         self.decoders = [
             FixedDecoder(scorer, own.ids, own.positions, own.writes, own.table)
@@ -105,37 +143,54 @@ class DeviceStep:
         ]
         self.maps = tuple(None if given is None else given.to(self.device) for given in plan.maps)
         self._timestamps: DeviceTimestamps | None = None
-        self._first_bias = self._length_bonus = torch.empty(0)
+        self._length_bonus = torch.empty(0)
         self._selecting: list[Call] = []
         self._following: list[Call] = []
 
     @property
     def is_ready(self) -> bool:
-        """Whether a first batch has been loaded, which fixes every address."""
+        """Whether searches have started once, which fixes every address."""
         return bool(self._selecting)
 
-    @torch.inference_mode()
-    def load(self, contexts: Sequence[Context], plan: SearchPlan) -> None:
-        """Read the prompts of a batch and start its searches, under a plan of the same structure."""
-        for decoder, slots, context in zip(self.decoders, self.slots, contexts, strict=True):
-            slots.reset(*decoder.prefill(context))
-            if not decoder.reads_table:
-                slots.visible(out=decoder.visible)
-        self.plan = plan
-        if not self.is_ready:
-            self._prepare()
-        else:
-            self.tables = self.tables.take(step_tables(plan, len(self.decoders), self.device))
-            self._first_bias.copy_(self._bias(len(self._first_bias)))
-            self._length_bonus.fill_(plan.length_bonus)
-        self.restart(len(contexts[0].prompts))
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(decoder.num_bytes for decoder in self.decoders)
 
     @torch.inference_mode()
-    def restart(self, num_searches: int) -> None:
-        """Start beams in the first `num_searches` places; the others count as done."""
-        self.arrays.reset(self.tables, self._first_bias, num_searches)
+    def start(self, places: Sequence[int], contexts: Sequence[Context], plan: SearchPlan) -> None:
+        """Read prompts and start their searches in these places; whatever runs in others is not touched.
+
+        Args:
+            places: distinct, where nothing is searched; one for each prompt of the contexts.
+            plan: of the same structure, and with no need of more than `rooms`.
+        """
+        at = sent(torch.tensor(list(places)), self.device)
+        read = [decoder.start(at, context) for decoder, context in zip(self.decoders, contexts, strict=True)]
+        if not self.is_ready:
+            self._prepare()
+        for slots, (lengths, last_tokens) in zip(self.slots, read, strict=True):
+            slots.start(at, lengths, last_tokens)
+        self.tables.take(at, step_tables(plan, len(self.decoders), self.rooms), partial(sent, device=self.device))
+        self._length_bonus.view(self.rooms.places, -1).index_fill_(0, at, plan.length_bonus)
         if self._timestamps is not None:
-            self._timestamps.reset()
+            self._timestamps.reset(at)
+        early = [token for token, _ in _edits(plan)]
+        words = mask_words([*plan.suppressed, *early], self.decoders[0].logits.shape[1])
+        self.arrays.start(self.tables, at, sent(words, self.device))
+
+    @torch.inference_mode()
+    def stop(self, places: Sequence[int]) -> None:
+        """End the searches in these places; they leave no results."""
+        self.arrays.done.index_fill_(0, sent(torch.tensor(list(places)), self.device), 1)
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """End all searches; the coming step is recorded at the ring's beginning."""
+        if self.is_ready:
+            self.arrays.done.fill_(1)
+            for counts in (self.arrays.ticks, self.arrays.clocks):
+                counts.zero_()
 
     @torch.inference_mode()
     def select(self) -> None:
@@ -157,13 +212,9 @@ class DeviceStep:
         plan, settings = self.plan, self.plan.settings
         sources = [decoder.logits for decoder in self.decoders]
         rows, vocab = sources[0].shape
-        self._first_bias = self._bias(vocab)
-        self.arrays = BeamArrays.make(self.tables, self.num_utterances, vocab, settings.num_candidates, len(sources))
+        self.arrays = BeamArrays.make(self.tables, vocab, settings.num_candidates, len(sources))
         self._length_bonus = torch.full((rows,), plan.length_bonus, device=self.device)
         self._limits_end = limits_end = _end_limit(plan) is not None
-        words = (vocab + 31) // 32
-        has_mask = limits_end or plan.timestamps is not None
-        self.allowed = torch.full((rows, words), -1, dtype=torch.int32, device=self.device) if has_mask else None
         request = StepRequest(
             sources=tuple(sources),
             weights=self.arrays.weights,
@@ -174,8 +225,8 @@ class DeviceStep:
             temperatures=plan.temperatures or (1.0,) * len(sources),
             maps=self.maps,
             unmapped=plan.unmapped,
-            token_bias=self.arrays.bias if _has_bias(plan) else None,
-            allowed=self.allowed,
+            token_bias=None,
+            allowed=self.arrays.masks if _has_mask(plan) else None,
             bonus=None,
             length_bonus=self._length_bonus,
             combine="log_linear",
@@ -183,20 +234,12 @@ class DeviceStep:
         )
         make = self._launches if self.on_kernels else self._plain_calls
         limiting, choosing, self._following = make(request)
-        self._selecting = [*limiting, *choosing]
-        if plan.timestamps is not None and self.allowed is not None:
+        if plan.timestamps is not None:
             end_id = plan.end_id if limits_end else None
-            parents, tokens = self.arrays.parents, self.arrays.tokens
-            own = DeviceTimestamps(plan.timestamps, request, parents, tokens, end_id)
-            self._selecting = [*limiting, own.limit, *choosing, own.follow]
-            self._timestamps = own
-
-    def _bias(self, vocab: int) -> Tensor:
-        """Of the first step."""
-        bias = torch.zeros(vocab, device=self.device)
-        early = [token for token, until, _ in _edits(self.plan) if until > 0]
-        bias[[*self.plan.suppressed, *early]] = IMPOSSIBLE
-        return bias
+            arrays = (self.arrays.parents, self.arrays.tokens, self.arrays.place_masks)
+            self._timestamps = DeviceTimestamps(plan.timestamps, request, *arrays, end_id)
+            limiting, choosing = [*limiting, self._timestamps.limit], [*choosing, self._timestamps.follow]
+        self._selecting = [*limiting, *choosing]
 
     def _launches(self, request: StepRequest) -> tuple[list[Call], list[Call], list[Call]]:
         """Kernel launches that reuse their memory: the end's limit, what chooses, what follows."""
@@ -206,8 +249,8 @@ class DeviceStep:
         acoustic, temperature, limiting = request.sources[0], request.temperatures[0], []
         if self._limits_end:
             limiting, statistics = plan_row_statistics(acoustic, temperature)
-            limit = (acoustic, statistics, self.allowed, self.plan.end_id, temperature, self.plan.end_threshold)
-            limiting = [*limiting, plan_limit_end(*limit)]
+            masks, end = (self.arrays.masks, self.arrays.place_masks), (self.plan.end_id, temperature)
+            limiting = [*limiting, plan_limit_end(acoustic, statistics, *masks, *end, self.plan.end_threshold)]
         fused, candidates = plan_fused_step(request)
         choosing = [*fused, plan_beam_advance(self.tables, self.arrays, candidates)]
         following = [
@@ -219,13 +262,12 @@ class DeviceStep:
 
     def _plain_calls(self, request: StepRequest) -> tuple[list[Call], list[Call], list[Call]]:
         """The same without kernels, for the CPU."""
-        utterances, sources = self.num_utterances, len(request.sources)
-        candidates = no_candidates(utterances, request.top_k, sources, request.num_rows, self.device)
+        sources = len(request.sources)
+        candidates = no_candidates(self.rooms.places, request.top_k, sources, request.num_rows, self.device)
         numbers: dict[str, Any] = {
             name: getattr(request, name)
             for name in (
-                "beam_size", "top_k", "temperatures", "maps", "unmapped", "token_bias", "allowed", "length_bonus",
-                "normalize",
+                "beam_size", "top_k", "temperatures", "maps", "unmapped", "allowed", "length_bonus", "normalize",
             )
         }  # fmt: skip
 
@@ -249,9 +291,9 @@ class DeviceStep:
 
         acoustic, temperature = request.sources[0], request.temperatures[0]
         statistics: RowStatistics = row_statistics(acoustic, temperature)
-        assert self.allowed is not None
-        threshold = self.plan.end_threshold
-        limit_end_reference(acoustic, statistics, self.allowed, request.end_id, temperature, threshold or math.inf)
+        masks, threshold = (self.arrays.masks, self.arrays.place_masks), self.plan.end_threshold
+        assert threshold is not None
+        limit_end_reference(acoustic, statistics, *masks, request.end_id, temperature, threshold)
 
 
 def _copy(found: Candidates, into: Candidates) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -92,10 +93,13 @@ class RecordingEncoder:
         acoustic: the acoustic model.
         read: samples of a recording, or an `AudioError`.
         apart: whether a thread of its own calls this.
+
+    While somebody holds the lock `quiet`, no pass begins.
     """
 
     def __init__(self, acoustic: AcousticModel, read: Callable[[Any, str], Tensor], apart: bool = False) -> None:
         self.clock = StageClock()
+        self.quiet = threading.Lock()
         self._acoustic = acoustic
         self._read = read
         self._pass = EncoderPass(acoustic.scorer, apart)
@@ -143,7 +147,7 @@ class RecordingEncoder:
         if not models:
             return {}
         (joint,) = set(models.values())
-        with self.clock("ctc"):
+        with self.quiet, self.clock("ctc"):
             heard = together_or_alone(partial(self._pass.hear, joint), [samples[i] for i in models], "heard")
         frames = {}
         for i, own in zip(models, heard, strict=True):
@@ -164,7 +168,7 @@ class RecordingEncoder:
             output, done = self._pass([own for own, _ in pairs], [event for _, event in pairs])
             return [(own, done) for own in output]
 
-        with self.clock("encoder"):
+        with self.quiet, self.clock("encoder"):
             return together_or_alone(encode, list(zip(features, given, strict=True)), "encoded")
 
 

@@ -39,7 +39,10 @@ class DecoderSession:
     A session that nobody holds any more ends by itself, and what is not over fails; so it does when the interpreter
     exits. Use it in a `with` block, or `close` it, to have everything decoded.
 
-    Price: a thread that owns the passes of the search, and one for the encoder if it runs ahead; see `docs/serving.md`.
+    Requests with driver="device" share captured steps where their rule allows it, beside those that the host drives.
+
+    Price: a thread that owns the passes of the search, and one for the encoder if it runs ahead; keys and values of
+    every place of the device's programs; see `docs/serving.md`.
 
     Args:
         planner: of the decoder.
@@ -100,7 +103,6 @@ class DecoderSession:
             chosen = self._option_record(names) if options is None else options
             planner = self._planner_of(language_models)
             rule = chosen.resolved_rule(len(planner.language_models))
-            require(chosen.driver == "host", "a session is driven by the host; leave driver='device' out.")
             planner.check(rule)
             source = str(recording) if isinstance(recording, (str, Path)) else f"array {number}"
             future: Future[Transcription] = Future()

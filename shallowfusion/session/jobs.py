@@ -29,8 +29,9 @@ class SessionSettings:
 
     Args:
         max_utterances: that are searched together.
-        memory_budget: bytes of keys and values, and of CTC scores, they may come to hold; None = no bound. Reckoned
-            from the longest a search may last, so `max_new_tokens` is what makes room.
+        memory_budget: bytes of keys and values, and of CTC scores, they may come to hold, programs of the device
+            included; None = no bound. Reckoned from the longest a search may last, so `max_new_tokens` is what makes
+            room.
         encoder_batch: most recordings that are encoded in one pass.
         admission_seconds: how long a recording that finds nothing running waits for others to be encoded with it.
         overlap_encoder: a thread of its own reads and encodes, at most twice encoder_batch ahead; False = that is done
@@ -75,7 +76,8 @@ class SessionStatistics:
         encoded: of those that wait, recordings that the session has encoded, or is encoding, ahead.
         finished, failed, cancelled: requests that are over.
         given_up: requests in which a trusted rule gave the language models up, so that they were searched again.
-        reserved_bytes: of keys and values and CTC scores, for those that run.
+        reserved_bytes: of keys and values and CTC scores, for those that run, and of programs of the device, used or
+            not.
         encoded_bytes: of encoder output, and of what a CTC model heard, that waits.
         counts: "row_steps" of the acoustic model, "live_rows" among them, prefix hits and so on.
         seconds: by stage.
@@ -150,6 +152,7 @@ class Job:
         fused: the result that waits for its verdict; `prior`: timing of the search that was given up.
         own, place: once admitted, what its cohort searches with, and which of its utterances it is.
         timing: of its admission; its share of the steps comes to it.
+        host_reason: why the host must drive its search, which was to be the device's; None = nobody knows of a reason.
         before: what each utterance's share of the steps was when it came.
     """
 
@@ -177,6 +180,7 @@ class Job:
     own: Sources | None = None
     place: int = 0
     timing: Timing | None = None
+    host_reason: str | None = None
     before: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -184,6 +188,11 @@ class Job:
         """Of what is known of its recording."""
         heard = 0 if self.frames is None else self.frames.nbytes
         return heard + (0 if self.encoded is None else self.encoded.nbytes)
+
+    @property
+    def asks_device(self) -> bool:
+        """Whether its keys and values will be, or are, in a program of the device."""
+        return self.options.driver == "device" and self.host_reason is None
 
     def take(self, encoded: Encoded) -> None:
         """Go on with what became of its recording."""

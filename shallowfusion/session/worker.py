@@ -88,7 +88,7 @@ class SessionWorker:
                 failed=engine.num_failed,
                 cancelled=engine.num_cancelled,
                 given_up=engine.num_given_up,
-                reserved_bytes=bytes_together(job.demands for job in self._busy),
+                reserved_bytes=bytes_together(job.demands for job in self._busy) + engine.program_bytes,
                 encoded_bytes=self.line.encoded_bytes,
                 counts=dict(engine.clock.counts),
                 seconds={**engine.clock.seconds, **clock.seconds},
@@ -158,6 +158,7 @@ class SessionWorker:
                 over = self.line.sweep()
                 taken = self.line.take(self.engine.has_room)
                 if self._is_done() and (self._is_broken or not (taken or over)):
+                    self.engine.close()
                     self.wakes.notify_all()
                     return
                 self._busy += taken

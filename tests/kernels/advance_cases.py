@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,29 +10,48 @@ import torch
 
 from shallowfusion.config import BeamSettings
 from shallowfusion.kernels.beam_advance import plan_beam_advance
-from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays
+from shallowfusion.kernels.beam_advance_arrays import AdvanceTables, BeamArrays, mask_words
 from shallowfusion.kernels.beam_advance_reference import beam_advance_reference
 from shallowfusion.search.beam_state import BeamState, BeamStep
 from shallowfusion.values import Candidates
 from tests.kernels.cases import to_device
 
 END = 3
-VOCAB = 12
+VOCAB, SAID = 40, 12  # tokens there are, and those that candidates say
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DECIDED = ("lengths", "clocks", "done", "finished", "hashes", "tokens", "parents", "totals", "weights", "bias", "ring")
+DECIDED = (
+    "ticks",
+    "lengths",
+    "clocks",
+    "done",
+    "finished",
+    "hashes",
+    "tokens",
+    "parents",
+    "totals",
+    "weights",
+    "place_masks",
+    "masks",
+    "ring",
+)
 
 
 def advance_on_device(tables: AdvanceTables, arrays: BeamArrays, candidates: Candidates) -> None:
     plan_beam_advance(tables, arrays, candidates).run()
 
 
-def tables_of(settings: BeamSettings, sources: int = 2) -> AdvanceTables:
+def tables_of(settings: BeamSettings, sources: int = 2, utterances: int = 1, longest: int = 0) -> AdvanceTables:
     """Weights that differ at every length, tokens forbidden early, and room for more tokens than are asked for."""
     steps = torch.arange(settings.max_new_tokens + 1, dtype=torch.float32)
     weights = torch.stack([1.0 + steps / 8, *[steps / 4] * (sources - 1)], dim=1)
-    return AdvanceTables.make(
-        settings, weights, [(5, 1, -0.5), (END, 3, 0.0), (7, 2, 0.25)], DEVICE, settings.max_new_tokens + 2
-    )
+    edits = [(5, 1), (END, 3), (7, 2), (35, 2), (31, 2)]
+    own = AdvanceTables.make(settings, weights, edits, longest or settings.max_new_tokens + 2)
+    return own.spread(utterances, DEVICE)
+
+
+def first_words() -> torch.Tensor:
+    """What may be said in the first step under `tables_of`, and never 9."""
+    return mask_words([5, END, 7, 35, 31, 9], VOCAB).to(DEVICE)
 
 
 def stream(
@@ -48,7 +67,7 @@ def stream(
     totals = (base + gained).astype(np.float32)
     live = np.ones(utterances) if step is None else np.isfinite(step.totals).sum(axis=1)
     lanes = (generator.random(shape) * np.maximum(live, 1)[:, None]).astype(np.int64)
-    tokens = generator.integers(0, VOCAB, shape)
+    tokens = generator.integers(0, SAID, shape)
     tokens[generator.random(shape) < 0.25] = END
     gone = generator.random(shape) < (1.0 if generator.random() < 0.03 else 0.1)
     totals[gone] = generator.choice([np.nan, -np.inf, np.inf], gone.sum())
@@ -68,22 +87,49 @@ def lanes_of(candidates: Candidates, beam_size: int) -> Any:
     return np.where(rows >= 0, rows % beam_size, -1)
 
 
-class Trio:
-    """The kernel, its twin and the C++ beam state over the same candidates."""
+def start(arrays: BeamArrays, tables: AdvanceTables, places: Sequence[int]) -> None:
+    device = arrays.parents.device
+    arrays.start(tables, torch.tensor(list(places), device=device), first_words().to(device))
 
-    def __init__(self, settings: BeamSettings, utterances: int, seed: int, coarse: bool = False) -> None:
-        self.settings, self.utterances, self.coarse = settings, utterances, coarse
+
+class Trio:
+    """The kernel, its twin and, for each place, the C++ beam state over the same candidates."""
+
+    def __init__(
+        self, settings: BeamSettings, utterances: int, seed: int, coarse: bool = False, longest: int = 0
+    ) -> None:
+        self.settings, self.utterances, self.coarse, self.num_started = settings, utterances, coarse, 0
         self.generator = np.random.default_rng(seed)
-        self.tables = tables_of(settings)
+        self.tables = tables_of(settings, utterances=utterances, longest=longest)
         self.reference_tables = to_device(self.tables, torch.device("cpu"))
         self.ours, self.reference = (
-            BeamArrays.make(tables, utterances, VOCAB, settings.num_candidates, 2)
+            BeamArrays.make(tables, VOCAB, settings.num_candidates, 2)
             for tables in (self.tables, self.reference_tables)
         )
-        for tables, arrays in ((self.tables, self.ours), (self.reference_tables, self.reference)):
-            arrays.reset(tables, torch.zeros(VOCAB), utterances)
-        self.state = BeamState(settings, utterances, 2)
+        self.states: dict[int, BeamState] = {}
         self.step: BeamStep | None = None
+        self.start(range(utterances), settings)
+
+    def start(self, places: Sequence[int], settings: BeamSettings) -> None:
+        """Searches of these numbers in these places."""
+        own = tables_of(settings, longest=self.tables.longest)
+        for arrays, tables in ((self.ours, self.tables), (self.reference, self.reference_tables)):
+            device = arrays.parents.device
+            tables.take(torch.tensor(list(places), device=device), own, lambda given, to=device: given.to(to))  # type: ignore[misc]
+            start(arrays, tables, places)
+        self.states |= {place: BeamState(settings, 1, 2) for place in places}
+        self.num_started += len(places)
+        if self.step is not None:
+            for place in places:
+                self.step.totals[place] = [0.0] + [-np.inf] * (settings.beam_size - 1)
+                self.step.done[place] = False
+
+    def stop(self, places: Sequence[int]) -> None:
+        for place in places:
+            self.ours.done[place] = self.reference.done[place] = 1
+
+    def is_running(self, place: int) -> bool:
+        return not bool(self.reference.done[place])
 
     def advance(self, run: Callable[..., None] = advance_on_device, candidates: Candidates | None = None) -> None:
         """One step of all three, on random candidates if none are given; asserts that they agree bit for bit."""
@@ -98,12 +144,13 @@ class Trio:
             assert torch.equal(*(t.view(torch.int32) if t.dtype == torch.float32 else t for t in (mine, wanted))), name
         lanes = lanes_of(candidates, self.settings.beam_size)
         offered = (candidates.totals.numpy(), lanes, candidates.token_ids.numpy(), candidates.parts.numpy())
-        moved = self.state.advance(active, *(array[active] for array in offered))
-        np.testing.assert_array_equal(ours.done.numpy()[active] != 0, moved.done)
-        np.testing.assert_array_equal(ours.tokens.numpy()[active], moved.tokens)
-        np.testing.assert_array_equal(ours.parents.numpy()[active], moved.parents)
         totals = ours.totals.numpy().reshape(self.utterances, -1)
-        np.testing.assert_array_equal(totals[active].view(np.int32), moved.totals.view(np.int32))
+        for place in active:
+            moved = self.states[place].advance(np.array([0]), *(array[place : place + 1] for array in offered))
+            assert bool(ours.done[place]) == bool(moved.done[0])
+            np.testing.assert_array_equal(ours.tokens.numpy()[place], moved.tokens[0])
+            np.testing.assert_array_equal(ours.parents.numpy()[place], moved.parents[0])
+            np.testing.assert_array_equal(totals[place].view(np.int32), moved.totals[0].view(np.int32))
         self.step = BeamStep(ours.tokens.numpy(), ours.parents.numpy(), totals.copy(), ours.done.numpy() != 0)
 
     def run(self, run: Callable[..., None] = advance_on_device) -> int:

@@ -134,10 +134,10 @@ def advance_launches() -> Iterator[tuple[str, Launch]]:
         settings = BeamSettings(beam, tuple(range(ends)), longest, rule, early_stopping="first")
         for early in ("first", "heuristic") if rule == "hf" and beam == 5 else ("heuristic",):
             tables = AdvanceTables.make(
-                dataclasses.replace(settings, early_stopping=early), torch.zeros((longest + 1, 2)), [(9, 1, 0.0)]
-            )
+                dataclasses.replace(settings, early_stopping=early), torch.zeros((longest + 1, 2)), [(9, 1)]
+            ).spread(16)
             candidates = no_candidates(16, settings.num_candidates, 2, 16 * beam, torch.device("cpu"))
-            arrays = BeamArrays.make(tables, 16, VOCABS[0], settings.num_candidates, 2)
+            arrays = BeamArrays.make(tables, VOCABS[0], settings.num_candidates, 2)
             yield name, plan_beam_advance(tables, arrays, candidates)
         for mapping in (None, torch.zeros(VOCABS[0], dtype=torch.int32)) if rule == "hf" else ():
             slots = SlotArrays.make(16, beam, longest, 4, "cpu")
@@ -145,8 +145,8 @@ def advance_launches() -> Iterator[tuple[str, Launch]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         logits = source(16, VOCABS[0], dtype, True)
         statistics = plan_row_statistics(logits)[1]
-        allowed = torch.zeros((16, -(-VOCABS[0] // 32)), dtype=torch.int32)
-        yield f"limit {dtype}", plan_limit_end(logits, statistics, allowed, 50256, 1.0, 1.5)
+        masks = [torch.zeros((rows, -(-VOCABS[0] // 32)), dtype=torch.int32) for rows in (16, 4)]
+        yield f"limit {dtype}", plan_limit_end(logits, statistics, *masks, 50256, 1.0, 1.5)
 
 
 def inspect(cubin: bytes) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,9 +112,44 @@ def test_early_masks_are_lifted_step_by_step() -> None:
     seen = []
     for _ in range(3):
         trio.advance()
-        seen.append([float(trio.ours.bias[token]) for token in (5, 7, END)])
-    infinity = float("inf")
-    assert seen == [[-0.5, -infinity, -infinity], [-0.5, 0.25, -infinity], [-0.5, 0.25, 0.0]]
+        both = (trio.ours.place_masks[0], *trio.ours.masks)
+        seen.append(
+            [{bool(words[token // 32] >> token % 32 & 1) for words in both} for token in (5, 7, 31, 35, END, 9)]
+        )
+    yes, no = {True}, {False}
+    assert seen == [[yes, no, no, no, no, no], [yes, yes, yes, yes, no, no], [yes, yes, yes, yes, yes, no]]
+
+
+def drawn(rule: str, beam_size: int, generator: np.random.Generator) -> BeamSettings:
+    """Numbers of a search that may share a step with all others of that rule and beam."""
+    return BeamSettings(
+        beam_size,
+        (END,),
+        int(generator.integers(1, 10)),
+        rule,
+        float(generator.choice([0.0, 0.6, 1.0, -1.5])),
+        str(generator.choice(["heuristic", "never"])),
+        float(generator.choice([1.0, 1.5, 2.5])),
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_searches_start_at_any_time_each_with_its_own_numbers(rule: str, seed: int) -> None:
+    """Kernel, twin and one beam state per place; whoever starts changes nothing for the others."""
+    generator, places, beam_size = np.random.default_rng(seed), 3, 3
+    trio = Trio(BeamSettings(beam_size, (END,), 9, rule), places, seed, longest=12)
+    trio.stop(range(places))
+    for _ in range(45):
+        idle = [place for place in range(places) if not trio.is_running(place)]
+        starting = [place for place in idle if generator.random() < 0.5]
+        if starting:
+            trio.start(starting, drawn(rule, beam_size, generator))
+        if generator.random() < 0.1:
+            trio.stop([int(generator.integers(places))])
+        trio.advance()
+    assert trio.num_started > 10
+    assert int(trio.reference.ticks[0]) == 45
 
 
 def test_what_it_cannot_do_is_refused() -> None:

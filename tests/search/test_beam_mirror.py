@@ -17,7 +17,7 @@ from shallowfusion.kernels.beam_advance_reference import beam_advance_reference
 from shallowfusion.search.beam_mirror import BeamMirror
 from shallowfusion.search.beam_mirror_reference import ReferenceBeamMirror
 from shallowfusion.search.beam_state import BeamState, BeamStep
-from tests.kernels.advance_cases import END, VOCAB, lanes_of, stream, tables_of
+from tests.kernels.advance_cases import END, VOCAB, lanes_of, start, stream, tables_of
 from tests.search.test_beam_state_properties import assert_equal_results
 
 CPU = torch.device("cpu")
@@ -33,11 +33,11 @@ class Recorded:
 
     def __init__(self, chosen: BeamSettings, utterances: int, seed: int, padding: int = 1) -> None:
         generator = np.random.default_rng(seed)
-        tables = tables_of(chosen)
+        tables = tables_of(chosen, utterances=utterances + padding)
         self.settings, self.utterances = chosen, utterances
         rows = utterances + padding
-        self.arrays = BeamArrays.make(tables, rows, VOCAB, chosen.num_candidates, 2)
-        self.arrays.reset(tables, torch.zeros(VOCAB), utterances)
+        self.arrays = BeamArrays.make(tables, VOCAB, chosen.num_candidates, 2)
+        start(self.arrays, tables, range(utterances))
         self.state = BeamState(chosen, utterances, 2)
         self.entries: list[Any] = []
         self.flagged = np.zeros(utterances, dtype=bool)

@@ -14,7 +14,7 @@ from shallowfusion.decoder import FusionDecoder
 from shallowfusion.errors import InvalidArgumentError
 from shallowfusion.kernels.beam_advance_arrays import RING_ENTRIES
 from shallowfusion.scorers.attention import set_slot_attention
-from shallowfusion.search.device_loop import DevicePrograms, bucket, device_search, refusal, slot_bytes
+from shallowfusion.search.device_loop import DevicePrograms, bucket, device_search, program_bytes, refusal, slot_bytes
 from shallowfusion.search.loop import SearchOutcome, StageClock, search
 from tests.tiny import DEVICES, TEXT_TOKENS, decoder_on, random_encoder_output, tiny_decoder, tiny_lm, tiny_whisper
 
@@ -195,11 +195,11 @@ def test_the_bytes_of_a_program_are_known_before(model: FusionDecoder) -> None:
     programs = DevicePrograms()
     device_search(own.scorers, own.contexts, own.plan, StageClock(), programs)
     (program,) = programs._known.values()
-    caches = [decoder._state.cache for decoder in program.step.decoders]
-    layers = [layer for cache in caches for layer in getattr(cache, "self_attention_cache", cache).layers]
+    layers = [layer for decoder in program.step.decoders for layer in decoder._own.layers]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     capacities = [decoder.capacity for decoder in program.step.decoders]
     assert held == slot_bytes(own.scorers, capacities, places=4)
+    assert program.step.num_bytes == program_bytes(own.scorers, own.plan, program.step.rooms) > held
 
 
 def test_programs_are_used_again_and_the_oldest_goes() -> None:
@@ -343,11 +343,11 @@ def test_on_cuda_a_step_is_one_captured_graph_and_nothing_is_allocated() -> None
     first = device_search(own.scorers, own.contexts, own.plan, StageClock(), programs)
     (program,) = programs._known.values()
     assert program.is_captured
-    program.start(own.contexts, own.plan)
+    program.begin(own.contexts, own.plan)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    for step in range(4):
-        program.run(step)
+    for _ in range(4):
+        program.run()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     eager = device_search(own.scorers, own.contexts, own.plan, StageClock(), DevicePrograms(captures=False))

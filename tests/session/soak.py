@@ -77,6 +77,7 @@ def random_options(draw: random.Random) -> dict[str, Any]:
         **BASE,
         "rule": rule,
         "ctc_weight": draw.choice([0.0, 0.4]) if rule.mixture is None and rule.normalize("lm") == "none" else 0.0,
+        "driver": draw.choice(["host", "device"]),
         "beam_size": width,
         "n_best": draw.randint(1, width),
         "max_new_tokens": draw.randint(1, 16),
@@ -104,7 +105,7 @@ def checked(
         return False
     if future.cancelled():
         return False
-    assert_same(future.result(timeout=120), alone(decoder, recordings[place], **options))
+    assert_same(future.result(timeout=120), alone(decoder, recordings[place], **{**options, "driver": "host"}))
     return True
 
 

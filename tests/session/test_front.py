@@ -147,12 +147,6 @@ def test_delayed_rules_late_sources_and_hotwords_run_beside_others(one_lm, recor
     assert_nothing_is_left(session)
 
 
-def test_what_a_session_cannot_do_is_refused_at_once(one_lm, recordings) -> None:
-    with one_lm.session() as session, pytest.raises(InvalidArgumentError, match="driver='device'"):
-        session.submit(recordings[0], lm_weight=0.3, driver="device", **BASE)
-    assert_nothing_is_left(session)
-
-
 def test_nan_ends_one_utterance_with_a_flag_and_not_its_neighbours_or_successors(one_lm, recordings) -> None:
     bad = torch.full_like(recordings[0], float("nan"))
     order = [recordings[0], bad, recordings[1], bad, recordings[2], recordings[3], recordings[4]]
