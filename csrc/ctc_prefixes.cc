@@ -21,11 +21,14 @@ uint64_t hash_bytes(uint64_t hash, const std::string& bytes) {
 
 }  // namespace
 
-CtcPrefixes::CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, uint32_t start_state)
-    : labels_(&labels), language_(&language), slots_(64, -1) {
+CtcPrefixes::CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language,
+                         const CtcPhraseSteps* phrase_steps, uint32_t start_state)
+    : labels_(&labels), language_(&language), phrase_steps_(phrase_steps), slots_(64, -1) {
   nodes_.push_back(CtcPrefix{-1, -1, 0.0, 0.0, 1.0, 1.0, kEmptyHash, kEmptyHash, 0, start_state, CtcLexicon::kRoot,
                              CtcLexicon::kRoot, 0, -1, -1});
-  if (language.phrases != nullptr) nodes_[0].phrase = language.phrases->start_state();
+  if (phrase_steps == nullptr) return;
+  nodes_[0].phrase = language.phrases->start_state();
+  nodes_[0].most_of_phrases = phrase_steps->most(phrase_site(nodes_[0]));
 }
 
 size_t CtcPrefixes::slot(int32_t parent, int32_t label) const {
@@ -76,7 +79,9 @@ void CtcPrefixes::make(CtcPrefix& node, const CtcPrefix& above) const {
     node.last_close = -2;  // itself, once it has a number
     close_word(node);
   }
+  const bool spaced = node.word_characters == 0 && node.text_hash != kEmptyHash;
   spell(node, label);
+  if (phrase_steps_ != nullptr && !label.text.empty()) say(node, phrase_site(above), spaced);
   node.fused += language_->label_bonus;
   if (language_->table != nullptr && language_->label_level) {
     const double log_prob = language_->table->score(node.lm_state, label.language_word, &node.lm_state);
@@ -84,18 +89,16 @@ void CtcPrefixes::make(CtcPrefix& node, const CtcPrefix& above) const {
     node.fused += language_->weight * log_prob;
   }
   node.factor = node.fused == above.fused ? 1.0 : std::exp(node.fused - above.fused);
+  if (phrase_steps_ != nullptr) node.most_of_phrases = phrase_steps_->most(phrase_site(node));
   const double partly = partial(node);
-  node.rank = partly == 0.0 ? 1.0 : std::exp(partly);
+  const bool is_lent = phrase_steps_ != nullptr && partly == phrase_steps_->held(node.phrase);
+  node.rank = partly == 0.0 ? 1.0 : is_lent ? phrase_steps_->loan(node.phrase) : std::exp(partly);
 }
 
 void CtcPrefixes::spell(CtcPrefix& node, const CtcLabel& label) const {
   if (label.text.empty()) return;
-  if (node.word_characters == 0 && node.text_hash != kEmptyHash) {
-    node.text_hash = hash_byte(node.text_hash, ' ');
-    say(node, ' ');
-  }
+  if (node.word_characters == 0 && node.text_hash != kEmptyHash) node.text_hash = hash_byte(node.text_hash, ' ');
   node.text_hash = hash_bytes(node.text_hash, label.text);
-  for (const char byte : label.text) say(node, static_cast<uint8_t>(byte));
   node.word_hash = hash_bytes(node.word_hash, label.text);
   node.word_characters += count_characters(label.text);
   if (language_->lexicon != nullptr) node.lexicon = language_->lexicon->advance(node.lexicon, label.text);
@@ -103,28 +106,23 @@ void CtcPrefixes::spell(CtcPrefix& node, const CtcLabel& label) const {
 }
 
 // Phrases gain for good here; what they lend only ranks.
-void CtcPrefixes::say(CtcPrefix& node, uint8_t byte) const {
-  if (language_->phrases != nullptr) node.fused += language_->phrases->say(&node.phrase, byte);
+void CtcPrefixes::say(CtcPrefix& node, const PhraseSite& site, bool spaced) const {
+  const CtcPhraseSteps::Step step = phrase_steps_->step(site, node.label);
+  if (!std::isnan(step.gain)) {
+    node.phrase = step.state;
+    node.fused += step.gain;
+    return;
+  }
+  if (spaced) node.fused += language_->phrases->say(&node.phrase, ' ');
+  for (const char byte : (*labels_)[node.label].text) {
+    node.fused += language_->phrases->say(&node.phrase, static_cast<uint8_t>(byte));
+  }
 }
 
-PhraseSite CtcPrefixes::phrase_site(int32_t parent) const {
-  const CtcPrefix& above = nodes_[parent];
+PhraseSite CtcPrefixes::phrase_site(const CtcPrefix& above) const {
   const bool after_end = above.label >= 0 && (*labels_)[above.label].ends_word;
   const bool is_begun = above.text_hash != kEmptyHash;
-  const bool begins = is_begun && (after_end || above.word_characters == 0);
-  return {4 * static_cast<uint64_t>(above.phrase) + 2 * is_begun + begins, above.phrase, is_begun, begins};
-}
-
-double CtcPrefixes::phrase_factor(const PhraseSite& site, int32_t number) const {
-  const CtcLabel& label = (*labels_)[number];
-  uint32_t state = site.state;
-  double worth = 0.0;
-  if (site.is_begun && (site.begins || label.begins_word) && !label.text.empty()) {
-    worth += language_->phrases->say(&state, ' ');
-  }
-  for (const char byte : label.text) worth += language_->phrases->say(&state, static_cast<uint8_t>(byte));
-  worth += language_->phrases->held(state);
-  return worth == 0.0 ? 1.0 : std::exp(worth) * (1.0 + 1e-6);
+  return {above.phrase, is_begun, is_begun && (after_end || above.word_characters == 0)};
 }
 
 void CtcPrefixes::close_word(CtcPrefix& node) const {
@@ -148,7 +146,7 @@ void CtcPrefixes::close_word(CtcPrefix& node) const {
 
 double CtcPrefixes::partial(const CtcPrefix& node) const {
   const CtcLanguage& language = *language_;
-  const double held = language.phrases == nullptr ? 0.0 : language.phrases->held(node.phrase);
+  const double held = phrase_steps_ == nullptr ? 0.0 : phrase_steps_->held(node.phrase);
   if (node.word_characters == 0) return held;
   const int32_t wanted = language.hotwords == nullptr ? 0 : language.hotwords->shortest(node.hotword);
   if (wanted != 0) return held + language.hotword_weight * node.word_characters / wanted;

@@ -6,18 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "ctc_labels.h"
 #include "ctc_lexicon.h"
+#include "ctc_phrase_steps.h"
 #include "phrase_automaton.h"
 #include "word_table.h"
 
 namespace shallowfusion {
-
-struct CtcLabel {
-  std::string text;
-  bool begins_word;  // closes the word before it
-  bool ends_word;    // the next label begins a word whatever it is
-  uint32_t language_word;
-};
 
 // What words and labels are worth; all in nats, weights applied unless said otherwise.
 struct CtcLanguage {
@@ -55,14 +50,7 @@ struct CtcPrefix {
   int32_t live;             // place in the beam; -1: none
   double extra = 0.0;       // nats that the caller set of a live prefix; others have their parent's
   uint32_t phrase = 0;      // state of the automaton after the text
-};
-
-// Where the phrases stand at a prefix, to look at many labels from there. Prefixes of equal keys stand alike.
-struct PhraseSite {
-  uint64_t key;
-  uint32_t state;
-  bool is_begun;  // a word is being spelled or done: a label that begins one says a space first
-  bool begins;    // every label begins a word
+  float most_of_phrases = 1.0F;  // no label multiplies the rank of a child by more, as phrases go
 };
 
 // What the end of the utterance adds to a prefix.
@@ -74,12 +62,12 @@ struct CtcEnding {
 
 class CtcPrefixes {
  public:
-  CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, uint32_t start_state);
+  // `phrase_steps`: of the language's phrases; null without any.
+  CtcPrefixes(const std::vector<CtcLabel>& labels, const CtcLanguage& language, const CtcPhraseSteps* phrase_steps,
+              uint32_t start_state);
 
   int32_t child(int32_t parent, int32_t label);  // found or made
-  PhraseSite phrase_site(int32_t parent) const;
-  // What phrases, loans included, multiply the rank of the child by; a hair above it.
-  double phrase_factor(const PhraseSite& site, int32_t label) const;
+  PhraseSite phrase_site(const CtcPrefix& above) const;
   CtcEnding ending(int32_t node) const;
   uint64_t history_hash(int32_t node, int64_t words) const;
 
@@ -93,14 +81,15 @@ class CtcPrefixes {
  private:
   void make(CtcPrefix& node, const CtcPrefix& above) const;
   void spell(CtcPrefix& node, const CtcLabel& label) const;
+  void say(CtcPrefix& node, const PhraseSite& site, bool spaced) const;
   void close_word(CtcPrefix& node) const;
-  void say(CtcPrefix& node, uint8_t byte) const;
   double partial(const CtcPrefix& node) const;
   size_t slot(int32_t parent, int32_t label) const;
   void rehash(size_t num_slots);
 
   const std::vector<CtcLabel>* labels_;
   const CtcLanguage* language_;
+  const CtcPhraseSteps* phrase_steps_;
   std::vector<CtcPrefix> nodes_;  // a parent before its children
   std::vector<int32_t> slots_;    // open addressing by (parent, label); -1 is free
 };

@@ -35,28 +35,9 @@ CtcModel::CtcModel(CtcRules rules_given, std::vector<CtcLabel> labels_given, Ctc
   const double infinity = std::numeric_limits<double>::infinity();
   child_factor = unbounded ? infinity : std::exp(label) * kRounding;
   close_factor = unbounded ? infinity : std::exp(close) * kRounding;
-  if (language.phrases != nullptr) bound_phrases();
-}
-
-void CtcModel::bound_phrases() {
-  const PhraseAutomaton& phrases = *language.phrases;
-  int64_t after_word = 0, in_word = 0;  // bytes and boundaries that one label can add
-  for (const CtcLabel& label : labels) {
-    if (label.text.empty()) continue;
-    const auto bytes = static_cast<int64_t>(label.text.size()) + 1;  // with a space before the text
-    const int64_t others = 1 + std::count_if(label.text.begin(), label.text.end(), [&](char byte) {
-      return !phrases.is_inside(static_cast<uint8_t>(byte));
-    });
-    const int64_t symbols = bytes + 2 * others;
-    after_word = std::max(after_word, symbols);
-    in_word = std::max(in_word, label.begins_word ? symbols : symbols - 3);
+  if (language.phrases != nullptr) {
+    phrase_steps = std::make_unique<CtcPhraseSteps>(labels, rules.blank, language.phrases);
   }
-  std::vector<std::vector<double>> most = phrases.most_worth({in_word, after_word});
-  for (std::vector<double>& own : most) {
-    for (double& nats : own) nats = std::exp(nats) * kRounding;
-  }
-  phrase_factors_in_word = std::move(most[0]);
-  phrase_factors_after_word = std::move(most[1]);
 }
 
 // Live prefixes with their final scores, best first; equal texts are one.

@@ -15,10 +15,7 @@ namespace {
 
 constexpr float kImpossible = -std::numeric_limits<float>::infinity();
 constexpr float kLargestLogProb = 1e-3f;   // rounding of a log-softmax
-constexpr size_t kSmallAlphabet = 128;
-constexpr size_t kMostPhraseLines = 512;
-constexpr size_t kPhraseFactors = 16384;  // 128 KiB an utterance
-constexpr double kUnasked = -1.0;
+constexpr ptrdiff_t kFewLabels = 5;
 constexpr double kLargestSum = 1.05;       // of the probabilities of the first frame
 
 std::string shown(double value) {
@@ -30,12 +27,16 @@ std::string shown(double value) {
 }  // namespace
 
 CtcUtterance::CtcUtterance(const CtcModel& model, uint32_t start_state)
-    : model_(&model), prefixes_(model.labels, model.language, start_state) {
+    : model_(&model), prefixes_(model.labels, model.language, model.phrase_steps.get(), start_state) {
   live_.push_back(Entry{0, {}, {}});
   live_[0].blank.value = live_[0].blank.best = 1.0;
   prefixes_[0].live = 0;
   row_.resize(model.labels.size());
   probs_.resize(model.labels.size(), Prob{-1, 0.0});
+  if (model.phrase_steps != nullptr) {
+    phrase_factors_ = std::make_unique<CtcPhraseSteps::Factors>(*model.phrase_steps);
+    label_places_.resize(model.labels.size());
+  }
 }
 
 // Reads one frame; a bad one sets the error.
@@ -211,54 +212,12 @@ void CtcUtterance::tighten(size_t count) {
   threshold_ = std::max(threshold_, candidates_[keep - 1].rank);
 }
 
-// No label can multiply the rank of a child of the node by more, as phrases go.
-double CtcUtterance::most_of_phrases(int32_t number) {
-  if (model_->language.phrases == nullptr) return 1.0;
-  const PhraseSite site = prefixes_.phrase_site(number);
-  if (const PhraseLine* line = phrase_line(site)) return line->most;
-  return (site.begins ? model_->phrase_factors_after_word : model_->phrase_factors_in_word)[site.state];
-}
-
-// Null in alphabets too large to remember labels by state. Where most prefixes are, outside phrases, all labels are
-// looked at, which bounds them best; else a label is when it is asked for.
-CtcUtterance::PhraseLine* CtcUtterance::phrase_line(const PhraseSite& site) {
-  const size_t size = row_.size();
-  if (size > kSmallAlphabet) return nullptr;
-  if (phrase_lines_.empty()) {
-    phrase_lines_.resize(std::min(kMostPhraseLines, kPhraseFactors / size));
-    phrase_factors_.resize(phrase_lines_.size() * size);
-  }
-  const size_t number = static_cast<size_t>((site.key * 0x9e3779b97f4a7c15u) >> 32) % phrase_lines_.size();
-  PhraseLine& line = phrase_lines_[number];
-  if (line.key == site.key) return &line;
-  line = {site.key, 1.0, number * size};
-  double* factors = phrase_factors_.data() + line.first;
-  const PhraseAutomaton& phrases = *model_->language.phrases;
-  if (site.state != 0 && site.state != phrases.start_state()) {
-    std::fill(factors, factors + size, kUnasked);
-    line.most = (site.begins ? model_->phrase_factors_after_word : model_->phrase_factors_in_word)[site.state];
-    return &line;
-  }
-  for (size_t label = 0; label < size; ++label) {
-    factors[label] = prefixes_.phrase_factor(site, static_cast<int32_t>(label));
-    line.most = std::max(line.most, factors[label]);
-  }
-  return &line;
-}
-
-double CtcUtterance::phrase_factor(const PhraseSite& site, PhraseLine* line, int32_t label) {
-  if (line == nullptr) return prefixes_.phrase_factor(site, label);
-  double& factor = phrase_factors_[line->first + static_cast<size_t>(label)];
-  if (factor == kUnasked) factor = prefixes_.phrase_factor(site, label);
-  return factor;
-}
-
 // Labels that can still make a candidate, best first.
 void CtcUtterance::sort_labels() {
   double largest = 0.0;
   for (const Entry& entry : live_) {
     const double mass = combine(entry.blank.value, entry.label.value);
-    largest = std::max(largest, mass * most_of_phrases(entry.node));
+    largest = std::max(largest, mass * prefixes_[entry.node].most_of_phrases);
   }
   const double reach = largest * std::max(model_->child_factor, model_->close_factor);
   // A hair below the exact bound: the mass is a product of rounded numbers.
@@ -277,52 +236,90 @@ void CtcUtterance::sort_labels() {
 
 void CtcUtterance::extend() {
   sort_labels();
+  if (model_->phrase_steps != nullptr) {
+    std::fill(label_places_.begin(), label_places_.end(), -1);
+    for (size_t place = 0; place < sorted_labels_.size(); ++place) {
+      label_places_[sorted_labels_[place].second] = static_cast<int32_t>(place);
+    }
+  }
   for (size_t place = 0; place < live_.size(); ++place) extend_entry(place);
 }
 
+// Labels in order, until none that is usual to the phrases can make a candidate; then those that are not.
 void CtcUtterance::extend_entry(size_t place) {
-  const size_t limit = static_cast<size_t>(model_->rules.beam_size) + std::max<size_t>(64, model_->rules.beam_size);
   const int32_t parent = live_[place].node;
   const double all = combine(live_[place].blank.value, live_[place].label.value);
-  const double of_phrases = most_of_phrases(parent);
-  const double largest_factor = std::max(model_->child_factor, model_->close_factor);
-  const bool boundary = is_boundary(parent);
+  const double factor = all * std::max(model_->child_factor, model_->close_factor);
+  const float most = prefixes_[parent].most_of_phrases;
+  if (sorted_labels_.empty() || factor * most * sorted_labels_[0].first < threshold_) return;
   const bool after_end = parent != 0 && model_->labels[prefixes_[parent].label].ends_word;
-  const bool has_phrases = model_->language.phrases != nullptr;
-  const PhraseSite site = has_phrases ? prefixes_.phrase_site(parent) : PhraseSite{};
-  PhraseLine* line = has_phrases ? phrase_line(site) : nullptr;
-  for (const auto& [label_prob, label] : sorted_labels_) {
-    const double reach = all * label_prob;
-    if (reach == 0.0 || reach * largest_factor * of_phrases < threshold_) break;
-    if (boundary && label == model_->rules.delimiter) continue;
-    Entry& above = live_[place];
-    const bool repeats = prefixes_[parent].label == label;
-    const double from = (repeats ? above.blank.value : all) * label_prob;
-    const bool closes = model_->labels[label].begins_word || after_end;
-    const double factor = closes ? largest_factor : model_->child_factor;
-    if (from == 0.0 || from * factor * of_phrases < threshold_) continue;
-    if (has_phrases) {  // a look is cheaper than a child
-      if (from * factor * phrase_factor(site, line, label) < threshold_) continue;
-    }
-    const int32_t node = prefixes_.child(parent, label);
-    CtcPrefix& prefix = prefixes_[node];
-    if (prefix.live >= 0) continue;  // its parent's part was added when it stayed
-    prefix.extra = prefixes_[parent].extra;
-    const double value = from * prefix.factor;
-    if (value * prefix.rank < threshold_ || value == 0.0) continue;
-    Mass& source = !repeats && above.label.best > above.blank.best ? above.label : above.blank;
-    next_.emplace_back();
-    Entry& entry = next_.back();
-    entry.node = node;
-    entry.label.value = value;
-    entry.label.best = source.best * label_prob * (model_->rules.last_times ? 1.0 : prefix.factor);
-    entry.label.path = push(above, source);
-    entry.label.start = static_cast<int32_t>(frame_);
-    entry.label.end = static_cast<int32_t>(frame_) + 1;
-    const auto width = static_cast<int64_t>(row_.size()) + 1;
-    offer(next_.size() - 1, static_cast<int64_t>(place) * width + label + 1);
-    tighten(limit);
+  Above above{static_cast<int32_t>(place), parent, all, is_boundary(parent), after_end, nullptr};
+  double usual = 1.0;
+  if (most != 1.0F) {
+    const PhraseSite site = prefixes_.phrase_site(prefixes_[parent]);
+    above.phrase_factors = phrase_factors_->at(site);
+    usual = model_->phrase_steps->most_usual(site);
   }
+  size_t next = 0;
+  for (; next < sorted_labels_.size(); ++next) {
+    const auto [label_prob, label] = sorted_labels_[next];
+    if (all * label_prob == 0.0 || factor * usual * label_prob < threshold_) break;
+    extend_by(above, label_prob, label);
+  }
+  if (most > usual) extend_own(above, factor, next);
+}
+
+// Labels from the place `next` on that are worth more to the phrases than usual.
+void CtcUtterance::extend_own(const Above& above, double factor, size_t next) {
+  const CtcPrefix& parent = prefixes_[above.node];
+  const CtcPhraseSteps::Own own = model_->phrase_steps->own(prefixes_.phrase_site(parent));
+  if (own.last - own.first >= kFewLabels) {
+    const float most = parent.most_of_phrases;
+    for (; next < sorted_labels_.size() && factor * most * sorted_labels_[next].first >= threshold_; ++next) {
+      const auto [label_prob, label] = sorted_labels_[next];
+      if (factor * above.phrase_factors[label] * label_prob >= threshold_) extend_by(above, label_prob, label);
+    }
+    return;
+  }
+  own_places_.clear();
+  const auto add = [&](int32_t label) {
+    if (label_places_[label] >= static_cast<int32_t>(next)) own_places_.push_back(label_places_[label]);
+  };
+  for (const CtcPhraseSteps::Step* step = own.first; step != own.last; ++step) add(step->label);
+  for (const int32_t label : model_->phrase_steps->silent()) add(label);
+  std::sort(own_places_.begin(), own_places_.end());
+  for (const int32_t place : own_places_) extend_by(above, sorted_labels_[place].first, sorted_labels_[place].second);
+}
+
+void CtcUtterance::extend_by(const Above& above, double label_prob, int32_t label) {
+  if (above.at_boundary && label == model_->rules.delimiter) return;
+  const int32_t parent = above.node;
+  Entry& source_entry = live_[above.place];
+  const bool repeats = prefixes_[parent].label == label;
+  const double from = (repeats ? source_entry.blank.value : above.all) * label_prob;
+  const bool closes = model_->labels[label].begins_word || above.after_end;
+  double factor = closes ? std::max(model_->child_factor, model_->close_factor) : model_->child_factor;
+  if (above.phrase_factors != nullptr) factor *= above.phrase_factors[label];
+  if (from == 0.0 || from * factor < threshold_) return;  // a look is cheaper than a child
+  const int32_t node = prefixes_.child(parent, label);
+  CtcPrefix& prefix = prefixes_[node];
+  if (prefix.live >= 0) return;  // its parent's part was added when it stayed
+  prefix.extra = prefixes_[parent].extra;
+  const double value = from * prefix.factor;
+  if (value * prefix.rank < threshold_ || value == 0.0) return;
+  Mass& source =
+      !repeats && source_entry.label.best > source_entry.blank.best ? source_entry.label : source_entry.blank;
+  next_.emplace_back();
+  Entry& entry = next_.back();
+  entry.node = node;
+  entry.label.value = value;
+  entry.label.best = source.best * label_prob * (model_->rules.last_times ? 1.0 : prefix.factor);
+  entry.label.path = push(source_entry, source);
+  entry.label.start = static_cast<int32_t>(frame_);
+  entry.label.end = static_cast<int32_t>(frame_) + 1;
+  const auto width = static_cast<int64_t>(row_.size()) + 1;
+  offer(next_.size() - 1, static_cast<int64_t>(above.place) * width + label + 1);
+  tighten(static_cast<size_t>(model_->rules.beam_size) + std::max<size_t>(64, model_->rules.beam_size));
 }
 
 void CtcUtterance::advance(const char* frame, bool half, int64_t label_stride) {

@@ -61,14 +61,9 @@ struct CtcModel {
   CtcLanguage language;
   double child_factor;  // no label can multiply a rank by more, closing ones apart
   double close_factor;
-  // [states of the phrases]: no label can multiply a rank by more, as phrases go.
-  std::vector<double> phrase_factors_in_word;
-  std::vector<double> phrase_factors_after_word;
+  std::unique_ptr<const CtcPhraseSteps> phrase_steps;  // null without phrases
 
   CtcModel(CtcRules rules, std::vector<CtcLabel> labels, CtcLanguage language);
-
- private:
-  void bound_phrases();
 };
 
 // One utterance. Masses are probabilities times exp(fused + extra), scaled by powers of two so that the best stays near 1:
@@ -127,11 +122,14 @@ class CtcUtterance {
     int32_t timed;  // the entry whose word times are shown
   };
 
-  // What phrases multiply the rank of each label's child by, from one site.
-  struct PhraseLine {
-    uint64_t key = ~uint64_t{0};
-    double most = 1.0;
-    size_t first = 0;  // of its factors
+  // A live prefix while its children are made.
+  struct Above {
+    int32_t place;
+    int32_t node;
+    double all;
+    bool at_boundary;
+    bool after_end;  // every label begins a word
+    const float* phrase_factors;  // [labels]; null where phrases multiply by no more than 1
   };
 
   bool read(const char* frame, bool half, int64_t stride);
@@ -139,13 +137,12 @@ class CtcUtterance {
   double prob(int32_t label);
   double combine(double one, double other) const { return model_->rules.use_max ? (one < other ? other : one) : one + other; }
   bool is_boundary(int32_t node) const;
-  double most_of_phrases(int32_t number);
-  PhraseLine* phrase_line(const PhraseSite& site);
-  double phrase_factor(const PhraseSite& site, PhraseLine* line, int32_t label);
   void stay();
   void stay_entry(const Entry& old);
   void extend();
   void extend_entry(size_t place);
+  void extend_own(const Above& above, double factor, size_t next);
+  void extend_by(const Above& above, double label_prob, int32_t label);
   void offer(size_t entry, int64_t order);
   void tighten(size_t count);
   void sort_labels();
@@ -184,8 +181,9 @@ class CtcUtterance {
   std::vector<uint64_t> seen_;
   double threshold_ = 0.0;  // no candidate below it can stay
 
-  std::vector<PhraseLine> phrase_lines_;  // of sites met lately, each of which has one place
-  std::vector<double> phrase_factors_;  // [lines, labels]
+  std::unique_ptr<CtcPhraseSteps::Factors> phrase_factors_;  // null without phrases
+  std::vector<int32_t> label_places_;  // [labels] in sorted_labels_; only with phrases
+  std::vector<int32_t> own_places_;
 };
 
 // A batch in progress. Not thread-safe: one call at a time.

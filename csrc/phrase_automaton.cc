@@ -33,72 +33,74 @@ PhraseAutomaton::PhraseAutomaton(const PhrasePatterns& patterns) {
   for (size_t token = 0; token < classes_.size(); ++token) {
     if (begins_inside(static_cast<int32_t>(token))) inside_.push_back(static_cast<int32_t>(token));
   }
-  const std::vector<uint32_t> last_nodes = lay_out(patterns);
-  link_suffixes();
-  value(patterns, last_nodes);
+  std::vector<uint32_t> parents;
+  const std::vector<uint32_t> last_nodes = lay_out(patterns, &parents);
+  link_suffixes(parents);
+  value(patterns, last_nodes, parents);
 }
 
-std::vector<uint32_t> PhraseAutomaton::lay_out(const PhrasePatterns& patterns) {
+std::vector<uint32_t> PhraseAutomaton::lay_out(const PhrasePatterns& patterns, std::vector<uint32_t>* parents) {
   // One level after the other, so that the children of a node lie side by side, sorted by token.
   const auto length = [&](int64_t i) { return patterns.offsets[i + 1] - patterns.offsets[i]; };
   std::vector<uint32_t> node_of(patterns.count, kRoot);  // of the tokens read so far
   std::vector<int64_t> live(patterns.count);
   std::iota(live.begin(), live.end(), int64_t{0});
-  token_.assign(1, -1);
-  parent_.assign(1, kRoot);
+  nodes_.assign(1, Node{-1, 0, kRoot, kRoot, 0.0F, 0.0F, 0.0F});
+  parents->assign(1, kRoot);
   for (int64_t depth = 0; !live.empty(); ++depth) {
     const auto token = [&](int64_t i) { return patterns.tokens[patterns.offsets[i] + depth]; };
     std::sort(live.begin(), live.end(), [&](int64_t left, int64_t right) {
       return node_of[left] != node_of[right] ? node_of[left] < node_of[right] : token(left) < token(right);
     });
-    const auto first_node = static_cast<uint32_t>(token_.size());
+    const auto first_node = static_cast<uint32_t>(nodes_.size());
     for (const int64_t i : live) {
       const bool is_new =
-          token_.size() == first_node || parent_.back() != node_of[i] || token_.back() != token(i);
+          nodes_.size() == first_node || parents->back() != node_of[i] || nodes_.back().token != token(i);
       if (is_new) {
-        if (token_.size() >= std::numeric_limits<uint32_t>::max()) throw std::invalid_argument("too many phrases.");
-        token_.push_back(token(i));
-        parent_.push_back(node_of[i]);
+        if (nodes_.size() >= std::numeric_limits<uint32_t>::max() - 1) throw std::invalid_argument("too many phrases.");
+        nodes_.push_back(Node{token(i), 0, kRoot, kRoot, 0.0F, 0.0F, 0.0F});
+        parents->push_back(node_of[i]);
       }
-      node_of[i] = static_cast<uint32_t>(token_.size() - 1);
+      node_of[i] = static_cast<uint32_t>(nodes_.size() - 1);
     }
     live.erase(std::remove_if(live.begin(), live.end(), [&](int64_t i) { return length(i) == depth + 1; }),
                live.end());
   }
-  first_child_.assign(token_.size() + 1, 0);
-  for (size_t node = 1; node < token_.size(); ++node) ++first_child_[parent_[node] + 1];
-  first_child_[0] = 1;
-  std::partial_sum(first_child_.begin(), first_child_.end(), first_child_.begin());
+  nodes_.push_back(Node{-1, 0, kRoot, kRoot, 0.0F, 0.0F, 0.0F});
+  for (size_t node = 1; node < parents->size(); ++node) ++nodes_[(*parents)[node] + 1].first_child;
+  nodes_[0].first_child = 1;
+  for (size_t node = 1; node < nodes_.size(); ++node) nodes_[node].first_child += nodes_[node - 1].first_child;
   return node_of;
 }
 
-void PhraseAutomaton::link_suffixes() {
-  suffix_.assign(token_.size(), kRoot);
-  for (uint32_t node = 1; node < token_.size(); ++node) {
-    if (parent_[node] != kRoot) suffix_[node] = next(suffix_[parent_[node]], token_[node]);
+void PhraseAutomaton::link_suffixes(const std::vector<uint32_t>& parents) {
+  for (uint32_t node = 1; node < parents.size(); ++node) {
+    if (parents[node] != kRoot) nodes_[node].suffix = next(nodes_[parents[node]].suffix, nodes_[node].token);
+  }
+  for (uint32_t node = 0; node < parents.size(); ++node) {
+    nodes_[node].bounded = is_bounded(node) ? node : next(node, kWordBoundary);
   }
 }
 
-void PhraseAutomaton::value(const PhrasePatterns& patterns, const std::vector<uint32_t>& last_nodes) {
+void PhraseAutomaton::value(const PhrasePatterns& patterns, const std::vector<uint32_t>& last_nodes,
+                            const std::vector<uint32_t>& parents) {
   constexpr double kNone = -std::numeric_limits<double>::infinity();
-  std::vector<double> best(token_.size(), kNone);  // of patterns that go on
-  std::vector<std::map<int64_t, double>> ends(token_.size());
+  std::vector<double> best(parents.size(), kNone);  // of patterns that go on
+  std::vector<std::map<int64_t, double>> ends(parents.size());
   for (int64_t i = 0; i < patterns.count; ++i) {
     uint32_t node = last_nodes[i];
     int64_t k = patterns.offsets[i + 1] - 1;
     const auto [own, is_new] = ends[node].try_emplace(patterns.phrases[i], patterns.credits[k]);
     if (!is_new) own->second = std::max(own->second, patterns.credits[k]);
-    while ((node = parent_[node]) != kRoot) best[node] = std::max(best[node], patterns.credits[--k]);
+    while ((node = parents[node]) != kRoot) best[node] = std::max(best[node], patterns.credits[--k]);
   }
-  gain_.assign(token_.size(), 0.0F);
-  held_.assign(token_.size(), 0.0F);
-  std::vector<double> given(token_.size(), 0.0);  // for phrases that are beginnings of the node
-  std::vector<uint32_t> next_end(token_.size(), kRoot);  // the longest suffix at which phrases end
-  for (uint32_t node = 1; node < token_.size(); ++node) {
-    given[node] = given[parent_[node]];
+  std::vector<double> given(parents.size(), 0.0);  // for phrases that are beginnings of the node
+  std::vector<uint32_t> next_end(parents.size(), kRoot);  // the longest suffix at which phrases end
+  for (uint32_t node = 1; node < parents.size(); ++node) {
+    given[node] = given[parents[node]];
     for (const auto& [phrase, credit] : ends[node]) given[node] += std::max(0.0, credit);
-    held_[node] = static_cast<float>(std::max(0.0, best[node] - given[node]));
-    next_end[node] = ends[suffix_[node]].empty() ? next_end[suffix_[node]] : suffix_[node];
+    nodes_[node].held = static_cast<float>(std::max(0.0, best[node] - given[node]));
+    next_end[node] = ends[nodes_[node].suffix].empty() ? next_end[nodes_[node].suffix] : nodes_[node].suffix;
     std::map<int64_t, double> all = ends[node];
     for (uint32_t other = next_end[node]; other != kRoot; other = next_end[other]) {
       for (const auto& [phrase, credit] : ends[other]) {
@@ -108,38 +110,46 @@ void PhraseAutomaton::value(const PhrasePatterns& patterns, const std::vector<ui
     }
     double sum = 0.0;
     for (const auto& [phrase, credit] : all) sum += credit;
-    gain_[node] = static_cast<float>(sum);
+    nodes_[node].gain = static_cast<float>(sum);
+  }
+  for (uint32_t node = 0; node < parents.size(); ++node) {
+    nodes_[node].closing = is_bounded(node) ? 0.0F : nodes_[nodes_[node].bounded].gain;
   }
 }
 
 uint32_t PhraseAutomaton::find_child(uint32_t node, int32_t token) const {
-  const auto first = token_.begin() + first_child_[node];
-  const auto last = token_.begin() + first_child_[node + 1];
-  const auto found = std::lower_bound(first, last, token);
-  return found != last && *found == token ? static_cast<uint32_t>(found - token_.begin()) : kRoot;
+  uint32_t first = nodes_[node].first_child;
+  const uint32_t end = nodes_[node + 1].first_child;
+  uint32_t last = end;
+  while (last - first > 8) {
+    const uint32_t middle = first + (last - first) / 2;
+    (nodes_[middle].token < token ? first : last) = middle;
+  }
+  while (first < end && nodes_[first].token < token) ++first;
+  return first < end && nodes_[first].token == token ? first : kRoot;
 }
 
 uint32_t PhraseAutomaton::next(uint32_t state, int32_t token) const {
   while (true) {
     const uint32_t child = find_child(state, token);
     if (child != kRoot || state == kRoot) return child;
-    state = suffix_[state];
+    state = nodes_[state].suffix;
   }
 }
 
 PhraseAutomaton::Arrival PhraseAutomaton::arrive(uint32_t state, int32_t token) const {
   uint32_t target = next(begins_inside(token) ? state : bounded(state), token);
-  float value = gain_[target];
+  float value = nodes_[target].gain;
   if (!ends_inside(token)) {
     value += closing(target);
     target = bounded(target);
   }
-  return {target, value + held_[target]};
+  return {target, value + nodes_[target].held};
 }
 
 double PhraseAutomaton::say_after(uint32_t* state, int32_t token, double closed) const {
   *state = next(begins_inside(token) ? *state : bounded(*state), token);
-  double gain = closed + gain_[*state];
+  double gain = closed + nodes_[*state].gain;
   if (!ends_inside(token)) {
     gain += closing(*state);
     *state = bounded(*state);
@@ -147,36 +157,14 @@ double PhraseAutomaton::say_after(uint32_t* state, int32_t token, double closed)
   return gain;
 }
 
-std::vector<std::vector<double>> PhraseAutomaton::most_worth(const std::vector<int64_t>& symbols) const {
-  // Where a token has no child it goes on from the suffix, so what the suffix can reach bounds it.
-  std::vector<double> most(held_.begin(), held_.end());
-  std::vector<double> further(most.size());
-  std::vector<std::vector<double>> found;
-  int64_t done = 0;
-  for (const int64_t wanted : symbols) {
-    for (; done < wanted; ++done) {
-      for (uint32_t node = 0; node < most.size(); ++node) {
-        double best = node == kRoot ? most[kRoot] : further[suffix_[node]];
-        for (uint32_t child = first_child_[node]; child < first_child_[node + 1]; ++child) {
-          best = std::max(best, gain_[child] + most[child]);
-        }
-        further[node] = best;
-      }
-      for (size_t node = 0; node < most.size(); ++node) most[node] = std::max<double>(held_[node], further[node]);
-    }
-    found.push_back(most);
-  }
-  return found;
-}
-
 std::vector<int32_t> PhraseAutomaton::tokens_from(uint32_t state, bool inside,
                                                   const std::vector<uint32_t>& left_out) const {
   std::vector<int32_t> found;
-  for (uint32_t node = state;; node = suffix_[node]) {
+  for (uint32_t node = state;; node = nodes_[node].suffix) {
     if (std::find(left_out.begin(), left_out.end(), node) == left_out.end()) {
-      for (uint32_t child = first_child_[node]; child < first_child_[node + 1]; ++child) {
-        if (token_[child] != kWordBoundary && begins_inside(token_[child]) == inside) found.push_back(token_[child]);
-      }
+      each_child(node, [&](int32_t token) {
+        if (token != kWordBoundary && begins_inside(token) == inside) found.push_back(token);
+      });
     }
     if (node == kRoot) break;
   }

@@ -19,6 +19,7 @@ constexpr Part kParts[] = {
     {"ARPA files", 30000, fuzz::fuzz_arpa},
     {"n-gram tables", 3000, fuzz::fuzz_table},
     {"phrase automata", 3000, fuzz::fuzz_phrases},
+    {"phrases by labels", 1000, fuzz::fuzz_phrase_steps},
     {"CTC searches", 2000, fuzz::fuzz_ctc},
     {"CTC prefix scores", 2000, fuzz::fuzz_prefix_scores},
     {"lexicon searches", 2000, fuzz::fuzz_lexicon_search},

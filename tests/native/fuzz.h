@@ -57,6 +57,7 @@ bool fuzz_arpa();
 bool fuzz_table();
 bool fuzz_phrases();
 bool fuzz_ctc();
+bool fuzz_phrase_steps();
 bool fuzz_prefix_scores();
 bool fuzz_lexicon_search();
 bool fuzz_step();

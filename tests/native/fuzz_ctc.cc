@@ -107,6 +107,26 @@ std::shared_ptr<const CtcModel> random_model(int num_labels, bool is_wild) {
   return std::make_shared<CtcModel>(rules, labels, random_language(num_words, is_wild));
 }
 
+// What was worked out for a site against saying the bytes of each label there.
+bool steps_hold(const CtcPhraseSteps& steps, const PhraseAutomaton& phrases, const std::vector<CtcLabel>& labels,
+                int32_t blank, const PhraseSite& site, const float* factors) {
+  for (int32_t label = 0; label < static_cast<int32_t>(labels.size()); ++label) {
+    if (label == blank) continue;
+    const CtcLabel& own = labels[static_cast<size_t>(label)];
+    uint32_t state = site.state;
+    double gain = 0.0;
+    const bool spaced = site.is_begun && (site.begins || own.begins_word) && !own.text.empty();
+    for (const char byte : (spaced ? " " : "") + own.text) gain += phrases.say(&state, static_cast<uint8_t>(byte));
+    const CtcPhraseSteps::Step step = steps.step(site, label);
+    const bool is_known = !std::isnan(step.gain);
+    if (is_known && (step.state != state || step.gain != gain)) return wrong("a label leads elsewhere");
+    const double least = std::exp(gain + phrases.held(state));
+    if (!(step.factor >= least) || !(factors[label] >= least)) return wrong("a label is worth more than its bound");
+    if (factors[label] > steps.most(site) * (1.0 + 1e-5)) return wrong("a label is worth more than any");
+  }
+  return steps.loan(site.state) == std::exp(static_cast<double>(phrases.held(site.state))) || wrong("a loan is another");
+}
+
 bool same(const std::vector<CtcHypothesis>& one, const std::vector<CtcHypothesis>& other) {
   const auto equal = [](double left, double right) { return left == right || (std::isnan(left) && std::isnan(right)); };
   return std::equal(one.begin(), one.end(), other.begin(), other.end(), [&](const auto& left, const auto& right) {
@@ -158,6 +178,25 @@ bool is_alone_the_same(const std::shared_ptr<const CtcModel>& model, const Batch
 }
 
 }  // namespace
+
+bool fuzz_phrase_steps() {
+  const std::shared_ptr<const PhraseAutomaton> phrases =
+      random_phrases({'a', 'b', 'c', '\'', ' ', 0xc3, 0xa4, 0xff, 0}, false);
+  std::vector<CtcLabel> labels;
+  for (int count = draw(1, 20); count > 0; --count) labels.push_back({random_text() + random_text(), one_in(3), false, 0});
+  const int32_t blank = draw(0, static_cast<int>(labels.size()) - 1);
+  const CtcPhraseSteps steps(labels, blank, phrases);
+  CtcPhraseSteps::Factors factors(steps);
+  const auto num_states = static_cast<uint32_t>(phrases->num_states());
+  for (uint32_t state = 0; state < num_states; ++state) {
+    for (const bool begins : {false, true}) {
+      const PhraseSite site{state, true, begins};
+      if (!steps_hold(steps, *phrases, labels, blank, site, factors.at(site))) return false;
+    }
+  }
+  const PhraseSite unbegun{phrases->start_state(), false, false};
+  return steps_hold(steps, *phrases, labels, blank, unbegun, factors.at(unbegun));
+}
 
 bool fuzz_ctc() {
   const bool is_wild = one_in(3);
