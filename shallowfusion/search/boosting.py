@@ -53,12 +53,15 @@ class PhraseBooster:
     def bonus(self, device: torch.device) -> PhraseBonus:
         """Bonuses of the next token of every row, beside `first`."""
         states = self._states.reshape(-1)
-        entries = [torch.from_numpy(array).to(device) for array in self._automaton.step(states, shared_first=True)]
-        return PhraseBonus(torch.from_numpy(self._automaton.refunds(states)).to(device), SparseBonus(*entries))
+        arrays = (self._automaton.refunds(states), *self._automaton.step(states, shared_first=True))
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if device.type != "cpu":
+            tensors = [tensor.to(device) for tensor in tensors]
+        return PhraseBonus(tensors[0], SparseBonus(*tensors[1:]))
 
     def follow(self, parents: Array, tokens: Array) -> None:
         """Row k of utterance u now continues its old row parents[u, k] with tokens[u, k]."""
-        states = np.take_along_axis(self._states, parents, axis=1)
+        states = self._states[np.arange(len(parents))[:, None], parents]
         self._states = self._automaton.advance(states.reshape(-1), tokens.reshape(-1)).reshape(states.shape)
 
     def keep(self, order: Sequence[int]) -> None:
