@@ -82,7 +82,7 @@ void CtcPhraseSteps::fill_usual() {
       const bool closes = !text.empty() && !phrases_->begins_inside(first);
       kinds_.push_back(text.empty() ? kSilent : closes ? kCloses : kStays);
       usual_.push_back(walk(closes || table == kBounded || table == kUnbegun ? start : kNoPhrase, table, label));
-      usual_factors_.push_back(usual_.back().factor);
+      usual_factors_.push_back(text.empty() ? static_cast<float>(kSmallest) : usual_.back().factor);
       if (!text.empty()) most_usual_[table] = std::max(most_usual_[table], usual_.back().factor);
     }
   }
@@ -131,10 +131,10 @@ void CtcPhraseSteps::find_own(uint32_t state, Table table) {
 void CtcPhraseSteps::fill_own(uint32_t state, bool after_word) {
   const PhraseSite site{state, true, after_word};
   find_own(state, table(site));
-  float most = most_usual(site);
-  if (!silent_.empty()) most = std::max(most, silent_factor(state));
+  float most = usual(site).most;
+  if (!silent_.empty()) most = std::max(most, silent_factor(site));
   for (const int32_t label : found_) {
-    const Step as_usual = usual(site, label), own = walk(state, table(site), label);
+    const Step as_usual = usual_step(site, label), own = walk(state, table(site), label);
     const bool is_known = own.gain == as_usual.gain || std::isnan(as_usual.gain);
     if (is_known && own.state == as_usual.state && own.factor <= as_usual.factor) continue;
     own_.push_back(own);
@@ -145,18 +145,23 @@ void CtcPhraseSteps::fill_own(uint32_t state, bool after_word) {
   places_[state].most[after_word] = most;
 }
 
-float CtcPhraseSteps::silent_factor(uint32_t state) const {
-  return places_[state].held == 0.0F ? 1.0F : static_cast<float>(places_[state].loan * kHair);
+float CtcPhraseSteps::silent_factor(const PhraseSite& site) const {
+  const Place& place = places_[site.state];
+  return place.held == 0.0F ? 1.0F : static_cast<float>(place.loan * kHair);
 }
 
 float CtcPhraseSteps::most(const PhraseSite& site) const {
   if (site.is_begun) return places_[site.state].most[site.begins];
-  return silent_.empty() ? most_usual(site) : std::max(most_usual(site), silent_factor(site.state));
+  const float usually = usual(site).most;
+  return silent_.empty() ? usually : std::max(usually, silent_factor(site));
 }
 
-float CtcPhraseSteps::most_usual(const PhraseSite& site) const {
-  const float gain = closing(site);
-  return gain > 0.0F ? most_usual_[table(site)] * bound(gain) : most_usual_[table(site)];
+CtcPhraseSteps::Usual CtcPhraseSteps::usual(const PhraseSite& site) const {
+  const Table table = this->table(site);
+  const size_t first = table * labels_.size();
+  const float closing_factor = bound(closing(site));
+  return {usual_factors_.data() + first, kinds_.data() + first, closing_factor,
+          most_usual_[table] * std::max(1.0F, closing_factor)};
 }
 
 CtcPhraseSteps::Own CtcPhraseSteps::own(const PhraseSite& site) const {
@@ -166,9 +171,9 @@ CtcPhraseSteps::Own CtcPhraseSteps::own(const PhraseSite& site) const {
   return site.begins ? Own{middle, own_.data() + (&place + 1)->first} : Own{own_.data() + place.first, middle};
 }
 
-CtcPhraseSteps::Step CtcPhraseSteps::usual(const PhraseSite& site, int32_t label) const {
+CtcPhraseSteps::Step CtcPhraseSteps::usual_step(const PhraseSite& site, int32_t label) const {
   const size_t at = table(site) * labels_.size() + static_cast<size_t>(label);
-  if (kinds_[at] == kSilent) return {label, site.state, 0.0F, silent_factor(site.state)};
+  if (kinds_[at] == kSilent) return {label, site.state, 0.0F, silent_factor(site)};
   Step step = usual_[at];
   const float gain = kinds_[at] == kCloses ? closing(site) : 0.0F;
   if (gain == 0.0F) return step;
@@ -184,25 +189,7 @@ CtcPhraseSteps::Step CtcPhraseSteps::step(const PhraseSite& site, int32_t label)
                                  [](const Step& step, int32_t wanted) { return step.label < wanted; });
   }
   while (own.first != own.last && own.first->label < label) ++own.first;
-  return own.first != own.last && own.first->label == label ? *own.first : usual(site, label);
-}
-
-CtcPhraseSteps::Factors::Factors(const CtcPhraseSteps& steps)
-    : steps_(&steps), factors_(steps.labels_.size()) {}
-
-const float* CtcPhraseSteps::Factors::at(const PhraseSite& site) {
-  const size_t size = factors_.size(), first = steps_->table(site) * size;
-  std::copy_n(steps_->usual_factors_.data() + first, size, factors_.data());
-  if (const float gain = steps_->closing(site); gain != 0.0F) {
-    const float factor = bound(gain);
-    for (size_t label = 0; label < size; ++label) {
-      if (steps_->kinds_[first + label] == kCloses) factors_[label] *= factor;
-    }
-  }
-  const Own own = steps_->own(site);
-  for (const Step* step = own.first; step != own.last; ++step) factors_[step->label] = step->factor;
-  for (const int32_t label : steps_->silent_) factors_[label] = steps_->silent_factor(site.state);
-  return factors_.data();
+  return own.first != own.last && own.first->label == label ? *own.first : usual_step(site, label);
 }
 
 }  // namespace shallowfusion

@@ -35,31 +35,33 @@ class CtcPhraseSteps {
     const Step* last;
   };
 
+  enum Kind : uint8_t { kStays, kCloses, kSilent };  // what a label does to the word before it
+
+  // What the other labels with text multiply a rank by at most.
+  struct Usual {
+    const float* factors;  // [labels]
+    const Kind* kinds;     // [labels]
+    float closing_factor;
+    float most;  // of all
+
+    float factor(int32_t label) const {
+      return kinds[label] == kCloses ? factors[label] * closing_factor : factors[label];
+    }
+  };
+
   // `blank` is never asked for.
   CtcPhraseSteps(const std::vector<CtcLabel>& labels, int32_t blank, std::shared_ptr<const PhraseAutomaton> phrases);
 
   Step step(const PhraseSite& site, int32_t label) const;
   Own own(const PhraseSite& site) const;
-  // The most that any label multiplies a rank by; of those that are neither own nor silent.
+  Usual usual(const PhraseSite& site) const;
+  // The most that any label multiplies a rank by, and what those do that have no text and stay in their state.
   float most(const PhraseSite& site) const;
-  float most_usual(const PhraseSite& site) const;
+  float silent_factor(const PhraseSite& site) const;
+  const std::vector<int32_t>& silent() const { return silent_; }
   // What is held in a state, and exp of it.
   float held(uint32_t state) const { return places_[state].held; }
   double loan(uint32_t state) const { return places_[state].loan; }
-  // Labels without text, which stay in their state.
-  const std::vector<int32_t>& silent() const { return silent_; }
-
-  // What each label multiplies a rank by, at one site after the other.
-  class Factors {
-   public:
-    explicit Factors(const CtcPhraseSteps& steps);
-
-    const float* at(const PhraseSite& site);  // [labels], until the next call
-
-   private:
-    const CtcPhraseSteps* steps_;
-    std::vector<float> factors_;
-  };
 
  private:
   // What is usual depends on how the text ends: within a word, at its end without a space, with one, or not begun.
@@ -77,16 +79,13 @@ class CtcPhraseSteps {
     double loan;
   };
 
-  enum Kind : uint8_t { kStays, kCloses, kSilent };  // what a label does to the word before it
-
   Table table(const PhraseSite& site) const {
     if (!site.is_begun) return kUnbegun;
     if (site.begins) return kAfterWord;
     return places_[site.state].is_bounded ? kBounded : kInWord;
   }
   float closing(const PhraseSite& site) const { return site.is_begun ? places_[site.state].closing : 0.0F; }
-  float silent_factor(uint32_t state) const;
-  Step usual(const PhraseSite& site, int32_t label) const;
+  Step usual_step(const PhraseSite& site, int32_t label) const;
   bool says_space(Table table, int32_t label) const;
   Step walk(uint32_t state, Table table, int32_t label) const;
   void fill_usual();

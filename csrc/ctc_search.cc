@@ -15,7 +15,6 @@ namespace {
 
 constexpr float kImpossible = -std::numeric_limits<float>::infinity();
 constexpr float kLargestLogProb = 1e-3f;   // rounding of a log-softmax
-constexpr ptrdiff_t kFewLabels = 5;
 constexpr double kLargestSum = 1.05;       // of the probabilities of the first frame
 
 std::string shown(double value) {
@@ -33,10 +32,7 @@ CtcUtterance::CtcUtterance(const CtcModel& model, uint32_t start_state)
   prefixes_[0].live = 0;
   row_.resize(model.labels.size());
   probs_.resize(model.labels.size(), Prob{-1, 0.0});
-  if (model.phrase_steps != nullptr) {
-    phrase_factors_ = std::make_unique<CtcPhraseSteps::Factors>(*model.phrase_steps);
-    label_places_.resize(model.labels.size());
-  }
+  if (model.phrase_steps != nullptr) label_places_.resize(model.labels.size());
 }
 
 // Reads one frame; a bad one sets the error.
@@ -236,71 +232,72 @@ void CtcUtterance::sort_labels() {
 
 void CtcUtterance::extend() {
   sort_labels();
+  if (sorted_labels_.empty()) return;
   if (model_->phrase_steps != nullptr) {
-    std::fill(label_places_.begin(), label_places_.end(), -1);
+    std::fill(label_places_.begin(), label_places_.end(), LabelPlace{0.0, -1});
     for (size_t place = 0; place < sorted_labels_.size(); ++place) {
-      label_places_[sorted_labels_[place].second] = static_cast<int32_t>(place);
+      label_places_[sorted_labels_[place].second] = {sorted_labels_[place].first, static_cast<int32_t>(place)};
     }
   }
   for (size_t place = 0; place < live_.size(); ++place) extend_entry(place);
 }
 
-// Labels in order, until none that is usual to the phrases can make a candidate; then those that are not.
 void CtcUtterance::extend_entry(size_t place) {
   const int32_t parent = live_[place].node;
   const double all = combine(live_[place].blank.value, live_[place].label.value);
   const double factor = all * std::max(model_->child_factor, model_->close_factor);
   const float most = prefixes_[parent].most_of_phrases;
-  if (sorted_labels_.empty() || factor * most * sorted_labels_[0].first < threshold_) return;
+  if (factor * most * sorted_labels_[0].first < threshold_) return;
   const bool after_end = parent != 0 && model_->labels[prefixes_[parent].label].ends_word;
-  Above above{static_cast<int32_t>(place), parent, all, is_boundary(parent), after_end, nullptr};
-  double usual = 1.0;
+  const Above above{static_cast<int32_t>(place), parent, all, is_boundary(parent), after_end};
   if (most != 1.0F) {
-    const PhraseSite site = prefixes_.phrase_site(prefixes_[parent]);
-    above.phrase_factors = phrase_factors_->at(site);
-    usual = model_->phrase_steps->most_usual(site);
-  }
-  size_t next = 0;
-  for (; next < sorted_labels_.size(); ++next) {
-    const auto [label_prob, label] = sorted_labels_[next];
-    if (all * label_prob == 0.0 || factor * usual * label_prob < threshold_) break;
-    extend_by(above, label_prob, label);
-  }
-  if (most > usual) extend_own(above, factor, next);
-}
-
-// Labels from the place `next` on that are worth more to the phrases than usual.
-void CtcUtterance::extend_own(const Above& above, double factor, size_t next) {
-  const CtcPrefix& parent = prefixes_[above.node];
-  const CtcPhraseSteps::Own own = model_->phrase_steps->own(prefixes_.phrase_site(parent));
-  if (own.last - own.first >= kFewLabels) {
-    const float most = parent.most_of_phrases;
-    for (; next < sorted_labels_.size() && factor * most * sorted_labels_[next].first >= threshold_; ++next) {
-      const auto [label_prob, label] = sorted_labels_[next];
-      if (factor * above.phrase_factors[label] * label_prob >= threshold_) extend_by(above, label_prob, label);
-    }
+    extend_in_phrases(above, factor);
     return;
   }
-  own_places_.clear();
-  const auto add = [&](int32_t label) {
-    if (label_places_[label] >= static_cast<int32_t>(next)) own_places_.push_back(label_places_[label]);
-  };
-  for (const CtcPhraseSteps::Step* step = own.first; step != own.last; ++step) add(step->label);
-  for (const int32_t label : model_->phrase_steps->silent()) add(label);
-  std::sort(own_places_.begin(), own_places_.end());
-  for (const int32_t place : own_places_) extend_by(above, sorted_labels_[place].first, sorted_labels_[place].second);
+  for (const auto& [label_prob, label] : sorted_labels_) {
+    if (all * label_prob == 0.0 || factor * label_prob < threshold_) return;
+    extend_by(above, label_prob, label, 1.0);
+  }
 }
 
-void CtcUtterance::extend_by(const Above& above, double label_prob, int32_t label) {
+// Labels in order, until none that is usual to the phrases can make a candidate, and all others that can.
+void CtcUtterance::extend_in_phrases(const Above& above, double factor) {
+  const CtcPhraseSteps& steps = *model_->phrase_steps;
+  const PhraseSite site = prefixes_.phrase_site(prefixes_[above.node]);
+  own_places_.clear();
+  const auto add = [&](int32_t label, float phrase_factor) {
+    const LabelPlace& found = label_places_[label];
+    if (found.place < 0 || factor * phrase_factor * found.prob < threshold_) return;
+    own_places_.emplace_back(found.place, phrase_factor);
+  };
+  const CtcPhraseSteps::Own own = steps.own(site);
+  for (const CtcPhraseSteps::Step* step = own.first; step != own.last; ++step) add(step->label, step->factor);
+  for (const int32_t label : steps.silent()) add(label, steps.silent_factor(site));
+  std::sort(own_places_.begin(), own_places_.end());
+  const CtcPhraseSteps::Usual usual = steps.usual(site);
+  auto next_own = own_places_.begin();
+  for (size_t next = 0; next < sorted_labels_.size(); ++next) {
+    const auto [label_prob, label] = sorted_labels_[next];
+    if (above.all * label_prob == 0.0 || factor * usual.most * label_prob < threshold_) break;
+    const bool is_own = next_own != own_places_.end() && next_own->first == static_cast<int32_t>(next);
+    extend_by(above, label_prob, label, is_own ? next_own->second : usual.factor(label));
+    next_own += is_own;
+  }
+  for (; next_own != own_places_.end(); ++next_own) {
+    const auto [label_prob, label] = sorted_labels_[next_own->first];
+    extend_by(above, label_prob, label, next_own->second);
+  }
+}
+
+void CtcUtterance::extend_by(const Above& above, double label_prob, int32_t label, double phrase_factor) {
   if (above.at_boundary && label == model_->rules.delimiter) return;
   const int32_t parent = above.node;
   Entry& source_entry = live_[above.place];
   const bool repeats = prefixes_[parent].label == label;
   const double from = (repeats ? source_entry.blank.value : above.all) * label_prob;
   const bool closes = model_->labels[label].begins_word || above.after_end;
-  double factor = closes ? std::max(model_->child_factor, model_->close_factor) : model_->child_factor;
-  if (above.phrase_factors != nullptr) factor *= above.phrase_factors[label];
-  if (from == 0.0 || from * factor < threshold_) return;  // a look is cheaper than a child
+  const double factor = closes ? std::max(model_->child_factor, model_->close_factor) : model_->child_factor;
+  if (from == 0.0 || from * factor * phrase_factor < threshold_) return;  // a look is cheaper than a child
   const int32_t node = prefixes_.child(parent, label);
   CtcPrefix& prefix = prefixes_[node];
   if (prefix.live >= 0) return;  // its parent's part was added when it stayed

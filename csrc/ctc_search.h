@@ -122,6 +122,11 @@ class CtcUtterance {
     int32_t timed;  // the entry whose word times are shown
   };
 
+  struct LabelPlace {
+    double prob;
+    int32_t place;  // in sorted_labels_; -1: not there
+  };
+
   // A live prefix while its children are made.
   struct Above {
     int32_t place;
@@ -129,7 +134,6 @@ class CtcUtterance {
     double all;
     bool at_boundary;
     bool after_end;  // every label begins a word
-    const float* phrase_factors;  // [labels]; null where phrases multiply by no more than 1
   };
 
   bool read(const char* frame, bool half, int64_t stride);
@@ -141,8 +145,8 @@ class CtcUtterance {
   void stay_entry(const Entry& old);
   void extend();
   void extend_entry(size_t place);
-  void extend_own(const Above& above, double factor, size_t next);
-  void extend_by(const Above& above, double label_prob, int32_t label);
+  void extend_in_phrases(const Above& above, double factor);
+  void extend_by(const Above& above, double label_prob, int32_t label, double phrase_factor);
   void offer(size_t entry, int64_t order);
   void tighten(size_t count);
   void sort_labels();
@@ -181,9 +185,8 @@ class CtcUtterance {
   std::vector<uint64_t> seen_;
   double threshold_ = 0.0;  // no candidate below it can stay
 
-  std::unique_ptr<CtcPhraseSteps::Factors> phrase_factors_;  // null without phrases
-  std::vector<int32_t> label_places_;  // [labels] in sorted_labels_; only with phrases
-  std::vector<int32_t> own_places_;
+  std::vector<LabelPlace> label_places_;  // [labels]; only with phrases
+  std::vector<std::pair<int32_t, float>> own_places_;
 };
 
 // A batch in progress. Not thread-safe: one call at a time.
