@@ -10,6 +10,7 @@ namespace shallowfusion {
 namespace {
 
 constexpr double kHair = 1.0 + 1e-6;  // bounds must hold for products of rounded numbers
+constexpr size_t kMany = 3;  // own labels, where one in so many is
 constexpr ptrdiff_t kFew = 32;       // labels that are faster looked through than searched
 constexpr double kSmallest = std::numeric_limits<float>::min();
 
@@ -128,11 +129,23 @@ void CtcPhraseSteps::find_own(uint32_t state, Table table) {
   found_.erase(std::unique(found_.begin(), found_.end()), found_.end());
 }
 
+// Puts the usual labels between a site's own, which begin at `first`.
+void CtcPhraseSteps::fill_up(const PhraseSite& site, size_t first) {
+  const std::vector<Step> own(own_.begin() + static_cast<ptrdiff_t>(first), own_.end());
+  own_.resize(first);
+  auto next = own.begin();
+  for (int32_t label = 0; label < static_cast<int32_t>(labels_.size()); ++label) {
+    const bool is_own = next != own.end() && next->label == label;
+    own_.push_back(is_own ? *next++ : usual_step(site, label));
+  }
+}
+
 void CtcPhraseSteps::fill_own(uint32_t state, bool after_word) {
   const PhraseSite site{state, true, after_word};
   find_own(state, table(site));
   float most = usual(site).most;
   if (!silent_.empty()) most = std::max(most, silent_factor(site));
+  const size_t first = own_.size();
   for (const int32_t label : found_) {
     const Step as_usual = usual_step(site, label), own = walk(state, table(site), label);
     const bool is_known = own.gain == as_usual.gain || std::isnan(as_usual.gain);
@@ -140,6 +153,7 @@ void CtcPhraseSteps::fill_own(uint32_t state, bool after_word) {
     own_.push_back(own);
     most = std::max(most, own.factor);
   }
+  if (kMany * (own_.size() - first) >= labels_.size()) fill_up(site, first);
   if (own_.size() >= std::numeric_limits<int32_t>::max()) throw std::invalid_argument("too many phrases.");
   if (!after_word) places_[state].num_in_word = static_cast<uint32_t>(own_.size()) - places_[state].first;
   places_[state].most[after_word] = most;
@@ -184,6 +198,7 @@ CtcPhraseSteps::Step CtcPhraseSteps::usual_step(const PhraseSite& site, int32_t 
 
 CtcPhraseSteps::Step CtcPhraseSteps::step(const PhraseSite& site, int32_t label) const {
   Own own = this->own(site);
+  if (is_full(own)) return own.first[label];
   if (own.last - own.first > kFew) {
     own.first = std::lower_bound(own.first, own.last, label,
                                  [](const Step& step, int32_t wanted) { return step.label < wanted; });

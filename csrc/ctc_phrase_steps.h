@@ -29,7 +29,7 @@ class CtcPhraseSteps {
     float factor;    // a hair above what the rank of the child is multiplied by, loans included
   };
 
-  // Of labels that are not as usual at a site, by label.
+  // Of labels that are not as usual at a site, by label; where they are many, of all labels, in their places.
   struct Own {
     const Step* first;
     const Step* last;
@@ -54,6 +54,7 @@ class CtcPhraseSteps {
 
   Step step(const PhraseSite& site, int32_t label) const;
   Own own(const PhraseSite& site) const;
+  bool is_full(const Own& own) const { return own.last - own.first == static_cast<ptrdiff_t>(labels_.size()); }
   Usual usual(const PhraseSite& site) const;
   // The most that any label multiplies a rank by, and what those do that have no text and stay in their state.
   float most(const PhraseSite& site) const;
@@ -90,6 +91,7 @@ class CtcPhraseSteps {
   Step walk(uint32_t state, Table table, int32_t label) const;
   void fill_usual();
   void fill_own(uint32_t state, bool after_word);
+  void fill_up(const PhraseSite& site, size_t first);
   void find_own(uint32_t state, Table table);
   void collect(uint32_t state, uint32_t end, Table table, bool closing, bool spaced);
 

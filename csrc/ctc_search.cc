@@ -264,13 +264,21 @@ void CtcUtterance::extend_entry(size_t place) {
 void CtcUtterance::extend_in_phrases(const Above& above, double factor) {
   const CtcPhraseSteps& steps = *model_->phrase_steps;
   const PhraseSite site = prefixes_.phrase_site(prefixes_[above.node]);
+  const CtcPhraseSteps::Own own = steps.own(site);
+  if (steps.is_full(own)) {
+    const double most = factor * prefixes_[above.node].most_of_phrases;
+    for (const auto& [label_prob, label] : sorted_labels_) {
+      if (above.all * label_prob == 0.0 || most * label_prob < threshold_) return;
+      extend_by(above, label_prob, label, own.first[label].factor);
+    }
+    return;
+  }
   own_places_.clear();
   const auto add = [&](int32_t label, float phrase_factor) {
     const LabelPlace& found = label_places_[label];
     if (found.place < 0 || factor * phrase_factor * found.prob < threshold_) return;
     own_places_.emplace_back(found.place, phrase_factor);
   };
-  const CtcPhraseSteps::Own own = steps.own(site);
   for (const CtcPhraseSteps::Step* step = own.first; step != own.last; ++step) add(step->label, step->factor);
   for (const int32_t label : steps.silent()) add(label, steps.silent_factor(site));
   std::sort(own_places_.begin(), own_places_.end());
