@@ -269,7 +269,8 @@ void CtcUtterance::extend_in_phrases(const Above& above, double factor) {
     const double most = factor * prefixes_[above.node].most_of_phrases;
     for (const auto& [label_prob, label] : sorted_labels_) {
       if (above.all * label_prob == 0.0 || most * label_prob < threshold_) return;
-      extend_by(above, label_prob, label, own.first[label].factor);
+      const float worth = own.first[label].factor;
+      if (factor * worth * label_prob >= threshold_) extend_by(above, label_prob, label, worth);
     }
     return;
   }
@@ -288,8 +289,9 @@ void CtcUtterance::extend_in_phrases(const Above& above, double factor) {
     const auto [label_prob, label] = sorted_labels_[next];
     if (above.all * label_prob == 0.0 || factor * usual.most * label_prob < threshold_) break;
     const bool is_own = next_own != own_places_.end() && next_own->first == static_cast<int32_t>(next);
-    extend_by(above, label_prob, label, is_own ? next_own->second : usual.factor(label));
+    const float worth = is_own ? next_own->second : usual.factor(label);
     next_own += is_own;
+    if (factor * worth * label_prob >= threshold_) extend_by(above, label_prob, label, worth);
   }
   for (; next_own != own_places_.end(); ++next_own) {
     const auto [label_prob, label] = sorted_labels_[next_own->first];
