@@ -110,7 +110,7 @@ class PhraseAutomaton:
     Price: a step takes O(entries). Every row lists the first tokens of all phrases; with thousands of phrases use
     `shared_first`, which leaves a few entries a row. Of whole words, a row that has just said a phrase lists every
     token that goes on with its last word, and one behind a token without letters the phrases that begin there.
-    `advance` O(phrase length * log). Memory: 24 bytes per distinct beginning of a phrase.
+    `advance` O(phrase length * log). Memory: 28 bytes per distinct beginning of a phrase.
     """
 
     def __init__(self, patterns: Patterns) -> None:
