@@ -59,7 +59,7 @@ void int8_product(const Int8Product& arguments, int threads) {
   }
   const int64_t blocks = (arguments.outputs + kOutputsAtOnce - 1) / kOutputsAtOnce;
   const int64_t wanted = std::max<int64_t>(1, kWorthATask / (inputs * kOutputsAtOnce));
-  const int64_t per = round_up(std::min(wanted, (blocks + threads - 1) / threads), kBlocksAtOnce);
+  const int64_t per = round_up(fair_share(blocks, wanted, threads), kBlocksAtOnce);
   const int64_t most = on_tiles ? std::max(kTileGroup, kCachedInputs / inputs / kTileGroup * kTileGroup) : rows;
   for (int64_t first = 0; first < rows; first += most) {  // rows that stay in a core's cache while the weights pass by
     const VnniCall call = VnniCall{whole.data(), scales.data(), shifts.data(), arguments}.from(

@@ -141,6 +141,11 @@ ThreadPool& pool() {
 
 }  // namespace
 
+int64_t fair_share(int64_t count, int64_t most, int threads) {
+  const int64_t rounds = std::max<int64_t>(1, (count + most * threads - 1) / (most * threads));
+  return std::max<int64_t>(1, (count + rounds * threads - 1) / (rounds * threads));
+}
+
 int hardware_threads() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {

@@ -12,6 +12,9 @@ namespace shallowfusion {
 // A forked child starts its own helpers when it first needs them.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
+// How many of `count` equal pieces one task takes, so that all threads have as much to do: at most about `most`.
+int64_t fair_share(int64_t count, int64_t most, int threads);
+
 int hardware_threads();
 
 }  // namespace shallowfusion

@@ -11,12 +11,26 @@
 namespace shallowfusion {
 namespace {
 
-constexpr int64_t kWorthATask = 1 << 18;   // weights
+constexpr int64_t kWorthATask = 1 << 19;  // weights
+constexpr int64_t kMostTasks = 4;         // of a thread
 constexpr int64_t kMostPartRows = 4 * kGroupRows;  // whose parts stay in a core's cache while the weights pass by
 
 struct FreeParts {
   void operator()(uint16_t* parts) const { ::operator delete[](parts, std::align_val_t{64}); }
 };
+
+// Memory of this thread for so many numbers, not initialised.
+uint16_t* room_for(int64_t count) {
+  thread_local std::unique_ptr<uint16_t[], FreeParts> memory;
+  thread_local int64_t size = 0;
+  if (count > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<uint16_t*>(::operator new[](static_cast<size_t>(count) * 2, std::align_val_t{64})));
+    size = count;
+  }
+  return memory.get();
+}
 
 }  // namespace
 
@@ -44,23 +58,19 @@ void pack_tiles(const float* weights, int64_t outputs, int64_t inputs, float* pa
 
 void tile_product(const TileProduct& arguments, int threads) {
   const int64_t width = round_up(arguments.inputs, kTileInputs);
-  const int64_t most = std::min(round_up(arguments.rows, kTileRows), kMostPartRows);
-  const std::unique_ptr<uint16_t[], FreeParts> parts(
-      static_cast<uint16_t*>(::operator new[](static_cast<size_t>(most * width * kParts) * 2, std::align_val_t{64})));
   const int64_t pairs = (arguments.outputs + kPairOutputs - 1) / kPairOutputs;
-  const int64_t wanted = std::max<int64_t>(1, kWorthATask / (width * kPairOutputs));
-  const int64_t per = std::min(wanted, (pairs + threads - 1) / threads);
+  const int64_t wanted = std::max(kWorthATask / (width * kPairOutputs), pairs / (kMostTasks * threads));
+  const int64_t per = fair_share(pairs, std::max<int64_t>(1, wanted), threads);
   for (int64_t first = 0; first < arguments.rows; first += kMostPartRows) {
     TileProduct own = arguments;
     own.values += first * arguments.inputs;
     own.output += first * arguments.outputs;
     own.rows = std::min(kMostPartRows, arguments.rows - first);
-    const int64_t tiles = (own.rows + kTileRows - 1) / kTileRows;
-    parallel_for(tiles, own.rows > kGroupRows ? threads : 1, [&](int64_t tile) {
-      cut_rows(own, tile * kTileRows, parts.get() + tile * kTileRows * width * kParts);
-    });
     parallel_for((pairs + per - 1) / per, threads, [&](int64_t task) {
-      tile_pairs(own, parts.get(), task * per, std::min(per, pairs - task * per));
+      // Cut by every task anew: to fetch the parts from another core takes longer.
+      uint16_t* parts = room_for(round_up(own.rows, kTileRows) * width * kParts);
+      for (int64_t row = 0; row < own.rows; row += kTileRows) cut_rows(own, row, parts + row * width * kParts);
+      tile_pairs(own, parts, task * per, std::min(per, pairs - task * per));
     });
   }
 }
