@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kWorthATask = 1 << 19;  // weights
 constexpr int64_t kMostTasks = 4;         // of a thread
-constexpr int64_t kMostPartRows = 4 * kGroupRows;  // whose parts stay in a core's cache while the weights pass by
+constexpr int64_t kPartBytes = 1 << 20;  // of a call's rows, which stay in a core's cache while the weights pass by
 
 struct FreeParts {
   void operator()(uint16_t* parts) const { ::operator delete[](parts, std::align_val_t{64}); }
@@ -61,11 +61,13 @@ void tile_product(const TileProduct& arguments, int threads) {
   const int64_t pairs = (arguments.outputs + kPairOutputs - 1) / kPairOutputs;
   const int64_t wanted = std::max(kWorthATask / (width * kPairOutputs), pairs / (kMostTasks * threads));
   const int64_t per = fair_share(pairs, std::max<int64_t>(1, wanted), threads);
-  for (int64_t first = 0; first < arguments.rows; first += kMostPartRows) {
+  const int64_t groups = kPartBytes / (kGroupRows * width * kParts * static_cast<int64_t>(sizeof(uint16_t)));
+  const int64_t most = kGroupRows * std::max<int64_t>(1, groups);
+  for (int64_t first = 0; first < arguments.rows; first += most) {
     TileProduct own = arguments;
     own.values += first * arguments.inputs;
     own.output += first * arguments.outputs;
-    own.rows = std::min(kMostPartRows, arguments.rows - first);
+    own.rows = std::min(most, arguments.rows - first);
     parallel_for((pairs + per - 1) / per, threads, [&](int64_t task) {
       // Cut by every task anew: to fetch the parts from another core takes longer.
       uint16_t* parts = room_for(round_up(own.rows, kTileRows) * width * kParts);
