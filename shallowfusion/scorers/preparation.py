@@ -34,7 +34,17 @@ __all__ = [
 _ALIGNMENT = 64  # rows; logits then begin at multiples of 256 bytes
 
 
-class Int8Linear(nn.Module):
+class PreparedLinear(nn.Module):
+    """What prepared layers share: pickled, a layer takes its own weights along, not the piece of memory they lie in."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: own.clone() if isinstance(own, Tensor) and own.untyped_storage().nbytes() > own.nbytes else own
+            for name, own in self.__dict__.items()
+        }
+
+
+class Int8Linear(PreparedLinear):
     """A linear layer whose weights are int8, one scale per output, and whose input rows become int8 as they come.
 
     y[r] = x_scale[r] * w_scale * (int8(x[r] / x_scale[r]) . int8(W / w_scale)) + bias, the product exact in int32. Each
@@ -100,7 +110,7 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PreparedLinear):
     """A float32 linear layer whose weights lie in memory as a product reads them: `tile_rows`', or oneDNN's.
 
     Gradients reach its inputs, by weights that are unpacked for it; its own weights have none.

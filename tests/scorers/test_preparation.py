@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,9 @@ from shallowfusion.scorers import preparation
 from shallowfusion.scorers.attention import ATTENTION
 from shallowfusion.scorers.loading import choose_dtype, load_causal_lm, load_whisper
 from shallowfusion.scorers.preparation import Float32Head, Int8Linear, PackedLinear, check_int8
+from shallowfusion.scorers.row_rounding import has_int8_rows
 from shallowfusion.scorers.tile_products import has_tile_rows
+from shallowfusion.scorers.weight_memory import WeightMemory
 
 CPU = torch.device("cpu")
 
@@ -143,6 +148,21 @@ def test_a_packed_layer_is_the_same_product(rows: int, with_bias: bool, tiles: b
     found = PackedLinear(transposed.t(), None, tiles)(given)
     torch.testing.assert_close(found, given @ transposed, atol=1e-5, rtol=1e-5)
     assert packed.num_bytes == 4 * 48 * 33
+
+
+@pytest.mark.skipif(not has_tile_rows() or not has_int8_rows(64), reason="needs AMX")
+def test_a_pickled_layer_takes_its_own_weights_along() -> None:
+    torch.manual_seed(0)
+    memory = WeightMemory()
+    for layer in (
+        PackedLinear(torch.randn(64, 64), None, memory=memory),
+        Int8Linear(torch.randn(64, 64), None, memory=memory),
+    ):
+        pickled = pickle.dumps(layer)
+        assert len(pickled) < 40_000
+        given = torch.randn(3, 64)
+        assert torch.equal(pickle.loads(pickled)(given), layer(given))
+        assert torch.equal(copy.deepcopy(layer)(given), layer(given))
 
 
 @pytest.mark.parametrize("tiles", FORMS)
