@@ -20,6 +20,12 @@ T* pointer(uint64_t address, uint64_t alignment, const char* name) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr int64_t kMostOfASize = int64_t{1} << 31;
+
+inline void check_rows(int64_t rows) {
+  check(rows >= 1 && rows <= kMostOfASize, "rows must be from 1 to 2^31, got " + std::to_string(rows) + ".");
+}
+
 inline void check_threads(int threads) {
   check(threads >= 1 && threads <= 256, "threads must be from 1 to 256, got " + std::to_string(threads) + ".");
 }

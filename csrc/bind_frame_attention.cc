@@ -27,8 +27,7 @@ void attend(uint64_t query, const Strides& query_strides, uint64_t keys, const S
             const Strides& value_strides, int dtype, uint64_t output, uint64_t lengths,
             uint64_t starts, const std::array<int64_t, 6>& sizes, float scale, const std::optional<std::string>& level, int threads) {
   const auto [utterances, queries, heads, key_heads, frames, dim] = sizes;
-  constexpr int64_t most = int64_t{1} << 31;
-  for (const int64_t size : sizes) check(size >= 1 && size <= most, "sizes must be from 1 to 2^31.");
+  for (const int64_t size : sizes) check(size >= 1 && size <= kMostOfASize, "sizes must be from 1 to 2^31.");
   check(heads % key_heads == 0, "heads must be a multiple of key_heads.");
   check(dim % kMaxLanes == 0 && dim <= kMostDim, "dim must be a multiple of 16 up to 256.");
   check(dtype >= 0 && dtype <= 2, "dtype code must be 0, 1 or 2.");

@@ -13,10 +13,9 @@ namespace {
 namespace py = pybind11;
 
 constexpr int64_t kMostInputs = 1 << 16;  // beyond, a sum of products might not fit 32 bits
-constexpr int64_t kMost = int64_t{1} << 31;
 
 void check_sizes(int64_t outputs, int64_t inputs) {
-  check(outputs >= 1 && outputs <= kMost && inputs >= kInputsAtOnce && inputs <= kMostInputs &&
+  check(outputs >= 1 && outputs <= kMostOfASize && inputs >= kInputsAtOnce && inputs <= kMostInputs &&
             inputs % kInputsAtOnce == 0,
         "outputs must be from 1 to 2^31 and inputs a multiple of 4 up to 65536, got " + std::to_string(outputs) +
             " and " + std::to_string(inputs) + ".");
@@ -34,7 +33,7 @@ void product(uint64_t values, int dtype, uint64_t packed, uint64_t scales, uint6
              int output_dtype, int64_t rows, int64_t inputs, int64_t outputs, int threads) {
   check(has_int8_product(), "this machine has no AVX-512 VNNI.");
   check_sizes(outputs, inputs);
-  check(rows >= 1 && rows <= kMost, "rows must be from 1 to 2^31, got " + std::to_string(rows) + ".");
+  check_rows(rows);
   check_threads(threads);
   const Dtype kind = row_dtype(dtype);
   const Dtype made = row_dtype(output_dtype);

@@ -126,32 +126,28 @@ py::tuple turns(const PhraseAutomaton& automaton) {
                         py::array_t<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data()));
 }
 
-py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+// worth(state) of each.
+template <typename Worth>
+py::array_t<float> of_states(const PhraseAutomaton& automaton, const Array<int64_t>& states, const Worth& worth) {
   check_states(automaton, states);
   py::array_t<float> values({states.shape(0)});
   for (py::ssize_t i = 0; i < states.shape(0); ++i) {
-    const auto state = static_cast<uint32_t>(states.at(i));
-    values.mutable_at(i) = automaton.closing(state) - automaton.held(state);
+    values.mutable_at(i) = worth(static_cast<uint32_t>(states.at(i)));
   }
   return values;
+}
+
+py::array_t<float> refunds(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
+  return of_states(automaton, states,
+                   [&](uint32_t state) { return automaton.closing(state) - automaton.held(state); });
 }
 
 py::array_t<float> closing(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
-  check_states(automaton, states);
-  py::array_t<float> values({states.shape(0)});
-  for (py::ssize_t i = 0; i < states.shape(0); ++i) {
-    values.mutable_at(i) = automaton.closing(static_cast<uint32_t>(states.at(i)));
-  }
-  return values;
+  return of_states(automaton, states, [&](uint32_t state) { return automaton.closing(state); });
 }
 
 py::array_t<float> held(const PhraseAutomaton& automaton, const Array<int64_t>& states) {
-  check_states(automaton, states);
-  py::array_t<float> values({states.shape(0)});
-  for (py::ssize_t i = 0; i < states.shape(0); ++i) {
-    values.mutable_at(i) = automaton.held(static_cast<uint32_t>(states.at(i)));
-  }
-  return values;
+  return of_states(automaton, states, [&](uint32_t state) { return automaton.held(state); });
 }
 
 // With `shared_first` the bonuses from the root are left out and taken off.

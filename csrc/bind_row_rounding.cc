@@ -12,8 +12,7 @@ namespace {
 namespace py = pybind11;
 
 void check_shape(int64_t rows, int64_t columns, int threads) {
-  constexpr int64_t most = int64_t{1} << 31;
-  check(rows >= 1 && rows <= most && columns >= 1 && columns <= most,
+  check(rows >= 1 && rows <= kMostOfASize && columns >= 1 && columns <= kMostOfASize,
         "rows and columns must be from 1 to 2^31, got " + std::to_string(rows) + " and " + std::to_string(columns) + ".");
   check_threads(threads);
 }

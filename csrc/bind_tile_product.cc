@@ -12,10 +12,8 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kMost = int64_t{1} << 31;
-
 void check_sizes(int64_t outputs, int64_t inputs) {
-  check(outputs >= 1 && outputs <= kMost && inputs >= 1 && inputs <= kMost,
+  check(outputs >= 1 && outputs <= kMostOfASize && inputs >= 1 && inputs <= kMostOfASize,
         "outputs and inputs must be from 1 to 2^31, got " + std::to_string(outputs) + " and " +
             std::to_string(inputs) + ".");
 }
@@ -37,7 +35,7 @@ void product(uint64_t values, uint64_t packed, uint64_t bias, uint64_t output, i
              int64_t outputs, int threads) {
   check(has_tile_product(), "this machine has no matrix units for bfloat16 (AMX).");
   check_sizes(outputs, inputs);
-  check(rows >= 1 && rows <= kMost, "rows must be from 1 to 2^31, got " + std::to_string(rows) + ".");
+  check_rows(rows);
   check_threads(threads);
   const TileProduct call{pointer<const float>(values, 4, "values"),
                          pointer<const float>(packed, 4, "packed"),

@@ -201,14 +201,13 @@ def _attend(
     of queries, while masks, keys and values are of utterances as ever.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    own = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if packed_rows is not None:
-        own = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         if attention_mask is None and _choose_for_frames(backend, own[0], own[1]) == "native":
             return frame_attention(*own, None, scale, rows=packed_rows), None
         spread = packed_rows.spread(own[0]).transpose(1, 2)
         attended, _ = _attend(module, spread, key, value, attention_mask, backend=backend, scaling=scaling, **options)
         return packed_rows.gathered(attended), None
-    own = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         return slot_attention(*own, attention_mask[:, 0], scale, backend=backend), None
     is_causal = options.get("is_causal")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shallowfusion.ctc.device_search import DeviceCtcSearch
 from shallowfusion.ctc.results import CtcResult
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.search_reference import ReferenceCtcSearch
+from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 
 SHARED_CTC = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "ctc"
 
@@ -91,3 +94,31 @@ def assert_same(one: CtcResult, other: CtcResult, tolerance: float = 1e-9) -> No
         assert ours.word_frames.tolist() == theirs.word_frames.tolist()
         assert ours.total == pytest.approx(theirs.total, abs=tolerance)
         assert dict(ours.parts) == pytest.approx(dict(theirs.parts), abs=tolerance)
+
+
+def assert_chunks_give_the_same(
+    search: Any, seed: int, sizes: Sequence[int], num_labels: int, tolerance: float
+) -> None:
+    """Steps over chunks of those sizes, looked at on the way, end as one search over all frames."""
+    log_probs = random_log_probs(seed, (2, sum(sizes), num_labels))
+    state, at = search.begin(2), 0
+    for size in sizes:
+        search.step(state, log_probs[:, at : at + size])
+        at += size
+        search.results(state)  # looking changes nothing
+    for one, other in zip(search.end(state, 4), searched(search, log_probs, 4), strict=True):
+        assert_same(one, other, tolerance)
+
+
+def assert_replays_equal_the_native_search(
+    alphabet: CtcAlphabet, options: CtcOptions, language: CtcLanguage | None
+) -> None:
+    """Batches on a GPU, of which the second and third replay the graph of the first."""
+    device = DeviceCtcSearch(alphabet, options, language, device="cuda")
+    for seed in range(3):
+        log_probs = random_log_probs(seed, (9, 120, 6))
+        lengths = [120, 1, 17, 120, 3, 22, 39, 0, 120]
+        native = searched(CtcSearch(alphabet, options, language), log_probs, 4, lengths)
+        found = searched(device, torch.from_numpy(log_probs).cuda(), 4, lengths)
+        for one, other in zip(native, found, strict=True):
+            assert_same(one, other, 1e-8)

@@ -19,7 +19,16 @@ from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.errors import AcousticScoresError, InvalidArgumentError
 from shallowfusion.ngrams.model import NgramModel, NgramOrder
 from shallowfusion.ngrams.table import NgramTable
-from tests.ctc.conftest import LIBRI_LABELS, LIBRI_TEXT, assert_same, libri, ocr, random_log_probs, searched
+from tests.ctc.conftest import (
+    LIBRI_LABELS,
+    LIBRI_TEXT,
+    assert_replays_equal_the_native_search,
+    assert_same,
+    libri,
+    ocr,
+    random_log_probs,
+    searched,
+)
 
 ALPHABETS = (
     CtcAlphabet(tuple("_abcde")),
@@ -248,11 +257,4 @@ def test_captured_frames_on_a_gpu_equal_the_native_search(with_lm: bool) -> None
     alphabet = ALPHABETS[1]
     language = CtcLanguage(letter_table(2, alphabet), unit="labels") if with_lm else None
     options = CtcOptions(beam_size=16, blank_skip=0.6, beam_margin=15.0, lm_weight=0.4)
-    device = DeviceCtcSearch(alphabet, options, language, device="cuda")
-    for seed in range(3):  # the second and third batch replay the graph of the first
-        log_probs = random_log_probs(seed, (9, 120, 6))
-        lengths = [120, 1, 17, 120, 3, 22, 39, 0, 120]
-        native = searched(CtcSearch(alphabet, options, language), log_probs, 4, lengths)
-        found = searched(device, torch.from_numpy(log_probs).cuda(), 4, lengths)
-        for one, other in zip(native, found, strict=True):
-            assert_same(one, other, 1e-8)
+    assert_replays_equal_the_native_search(alphabet, options, language)

@@ -21,7 +21,16 @@ from shallowfusion.ctc.device_texts import PhraseTracker, WordTracker, trackers_
 from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcLanguage, CtcOptions
 from shallowfusion.phrases.device_tables import DevicePhraseTable
-from tests.ctc.conftest import LIBRI_LABELS, LIBRI_TEXT, assert_same, libri, random_log_probs, searched
+from tests.ctc.conftest import (
+    LIBRI_LABELS,
+    LIBRI_TEXT,
+    assert_chunks_give_the_same,
+    assert_replays_equal_the_native_search,
+    assert_same,
+    libri,
+    random_log_probs,
+    searched,
+)
 from tests.ctc.test_device_search import letter_table
 from tests.ctc.test_hotwords import DELIMITED, MARKED
 from tests.ctc.test_language import random_table
@@ -103,14 +112,7 @@ def test_device_and_native_search_agree(
 def test_chunks_of_any_size_give_the_same(seed: int, sizes: list[int], hotwords: dict[str, Any]) -> None:
     options = CtcOptions(beam_size=6, blank_skip=0.4 if seed % 2 else None, word_bonus=0.5, **hotwords)
     search = DeviceCtcSearch(ALPHABETS[0], options)
-    log_probs = random_log_probs(seed, (2, sum(sizes), 6))
-    state, at = search.begin(2), 0
-    for size in sizes:
-        search.step(state, log_probs[:, at : at + size])
-        at += size
-        search.results(state)  # looking changes nothing
-    for one, other in zip(search.end(state, 4), searched(search, log_probs, 4), strict=True):
-        assert_same(one, other, 1e-9)
+    assert_chunks_give_the_same(search, seed, sizes, 6, 1e-9)
 
 
 def test_sorted_arcs_find_what_the_dense_table_finds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +252,4 @@ def test_captured_frames_on_a_gpu_equal_the_native_search(hotwords: dict[str, An
     alphabet = ALPHABETS[0]
     options = CtcOptions(beam_size=16, blank_skip=0.6, beam_margin=15.0, lm_weight=0.4, word_bonus=0.5, **hotwords)
     language = language_of(alphabet, kind, 3)
-    device = DeviceCtcSearch(alphabet, options, language, device="cuda")
-    for seed in range(3):  # the second and third batch replay the graph of the first
-        log_probs = random_log_probs(seed, (9, 120, 6))
-        lengths = [120, 1, 17, 120, 3, 22, 39, 0, 120]
-        native = searched(CtcSearch(alphabet, options, language), log_probs, 4, lengths)
-        found = searched(device, torch.from_numpy(log_probs).cuda(), 4, lengths)
-        for one, other in zip(native, found, strict=True):
-            assert_same(one, other, 1e-8)
+    assert_replays_equal_the_native_search(alphabet, options, language)

@@ -16,7 +16,7 @@ from shallowfusion.ctc.search import CtcSearch
 from shallowfusion.ctc.search_reference import ReferenceCtcSearch
 from shallowfusion.ctc.settings import CtcAlphabet, CtcOptions
 from shallowfusion.errors import AcousticScoresError, InvalidArgumentError, VocabularyError
-from tests.ctc.conftest import assert_same, libri, random_log_probs, searched
+from tests.ctc.conftest import assert_chunks_give_the_same, assert_same, libri, random_log_probs, searched
 
 LETTERS = CtcAlphabet(tuple("_abcde"))
 WORDS = CtcAlphabet(("_", " ", *"abcd"), delimiter=1)
@@ -231,14 +231,7 @@ def test_chunks_of_any_size_give_the_same(seed: int, sizes: list[int], native: b
         beam_size=6, places="paths" if seed % 2 else "prefixes", merge="max" if seed % 3 else "logsumexp"
     )
     search = (CtcSearch if native else ReferenceCtcSearch)(WORDS, options)
-    log_probs = random_log_probs(seed, (2, sum(sizes), 6))
-    state, at = search.begin(2), 0
-    for size in sizes:
-        search.step(state, log_probs[:, at : at + size])
-        at += size
-        search.results(state)  # looking changes nothing
-    for one, other in zip(search.end(state, 4), searched(search, log_probs, 4), strict=True):
-        assert_same(one, other, 0.0)
+    assert_chunks_give_the_same(search, seed, sizes, 6, 0.0)
 
 
 def test_long_recordings_forget_what_they_no_longer_need() -> None:
