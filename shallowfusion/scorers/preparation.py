@@ -115,7 +115,7 @@ class PackedLinear(PreparedLinear):
 
     Gradients reach its inputs, by weights that are unpacked for it; its own weights have none.
 
-    Price: the same bytes. Tiles: read at memory's speed up to 20 rows, 1.6 to 1.9 times as fast as oneDNN's for 40; a
+    Price: the same bytes. Tiles: read at memory's speed up to 10 rows, 1.4 to 1.7 times as fast as oneDNN's for 40; a
     row's result does not depend on its neighbours. oneDNN's: 1.2 to 2.5 times as fast as torch's own product for 5 to
     40 rows, 10 to 20 % slower for one (docs/speed.md).
 
