@@ -207,10 +207,10 @@ def _hotwords(given: list[str], weight_of_others: float) -> dict[str, float]:
         lines = [entry]
         if entry.startswith("@"):
             try:
-                lines = Path(entry[1:]).read_text(encoding="utf-8").splitlines()
+                lines = list(filter(str.strip, Path(entry[1:]).read_text(encoding="utf-8").splitlines()))
             except (OSError, UnicodeDecodeError) as error:
                 raise InvalidArgumentError(f"hotwords cannot be read from {entry[1:]}: {error}.") from error
-        for line in filter(str.strip, lines):
+        for line in lines:
             text, _, weight = line.partition("=")
             try:
                 found[text.strip()] = float(weight) if weight.strip() else weight_of_others

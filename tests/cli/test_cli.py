@@ -139,9 +139,11 @@ def test_every_decoding_option_can_be_given() -> None:
     [
         (["--lm-temperature", "warm"], "--lm-temperature must be numbers"),
         (["--suppress-tokens", "a"], "--suppress-tokens must be -1, none or ids"),
+        (["--hotword", ""], "hotwords must be texts, got ''"),
+        (["--hotword", " =2"], "hotwords must be texts, got ''"),
     ],
 )
-def test_values_that_are_no_numbers_are_named(given: list[str], words: str) -> None:
+def test_values_that_cannot_be_read_are_named(given: list[str], words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         options_from(parsed(*given))
 
